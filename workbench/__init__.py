@@ -1,0 +1,62 @@
+"""See where every layer of a language model will go, and what it will cost, before a weight is read.
+
+Heavy libraries load when they are first needed: importing this package imports neither torch nor a widget library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from workbench.hardware import Device, Machine
+from workbench.model import ModelRef, fetch_demo_model
+from workbench.placement import DeviceMemory, Layer, Placement, place
+from workbench.precision import FourBit, FullPrecision, Int8
+from workbench.recipe import Recipe
+from workbench.session import Cancelled, GenerationStats, LoadReport, Progress, Session, load
+from workbench.skeleton import Skeleton, read_skeleton
+from workbench.workload import Workload
+
+if TYPE_CHECKING:
+    from workbench.panels import Workbench
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cancelled",
+    "Device",
+    "DeviceMemory",
+    "FourBit",
+    "FullPrecision",
+    "GenerationStats",
+    "Int8",
+    "Layer",
+    "LoadReport",
+    "Machine",
+    "ModelRef",
+    "Placement",
+    "Progress",
+    "Recipe",
+    "Session",
+    "Skeleton",
+    "Workbench",
+    "Workload",
+    "fetch_demo_model",
+    "load",
+    "place",
+    "read_skeleton",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the widget, and with it the widget libraries, only when it is asked for."""
+    if name == "Workbench":
+        try:
+            return importlib.import_module("workbench.panels").Workbench
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] == "workbench":
+                raise
+            raise ImportError(
+                f"The widget needs {error.name}: run `pip install 'llm-device-workbench[lab]'` and restart the kernel."
+            ) from error
+    raise AttributeError(f"module 'workbench' has no attribute {name!r}")

@@ -1,0 +1,131 @@
+"""The workbench widget: all panels around one state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import ipywidgets as w
+
+from workbench.hardware import Machine
+from workbench.panels.code import CodePanel
+from workbench.panels.devices import DevicesPanel
+from workbench.panels.look import STYLE, classed, close_tree, html
+from workbench.panels.model import ModelPanel
+from workbench.panels.precision import PrecisionPanel, WorkloadPanel
+from workbench.panels.preview import PreviewPanel
+from workbench.panels.run import GeneratePanel, LoadPanel
+from workbench.panels.state import State
+from workbench.recipe import Recipe
+from workbench.session import Session
+
+if TYPE_CHECKING:
+    from workbench.placement import Placement
+
+_TABS = ("Load", "Generate", "Code")
+
+
+class Workbench(w.VBox):
+    """Pick a model, budget each device, choose a precision, see where every layer goes, load it, talk to it.
+
+    It appears at once; torch and plotly are imported in the background. It is an ordinary ipywidgets box.
+
+    Args:
+        recipe: The choices to begin with; None is the demo model in full precision on what is free.
+        machine: The machine to plan for; None is this one.
+
+    Raises:
+        ValueError: If ``recipe`` is no :class:`Recipe`.
+    """
+
+    def __init__(self, recipe: Recipe | None = None, machine: Machine | None = None) -> None:
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise ValueError(f"recipe is a wb.Recipe(...), not {type(recipe).__name__}.")
+        self._state = state = State(recipe or Recipe(), machine)
+        self._preview = PreviewPanel(state)
+        self._load = LoadPanel(state)
+        self._generate = GeneratePanel(state)
+        self._tabs = classed(w.Tab(), "wb-tabs")
+        self._code = CodePanel(state, in_view=lambda: self._tabs.selected_index == _TABS.index("Code"))
+        self._tabs.children = [self._load.box, self._generate.box, self._code.box]
+        for index, name in enumerate(_TABS):
+            self._tabs.set_title(index, name)
+        self._tabs.selected_index = 0
+        self._tabs.observe(self._code.refresh, "selected_index")
+        self._devices = DevicesPanel(state)
+        self._precision = PrecisionPanel(state)
+        chosen = [ModelPanel(state).box, self._devices.box, self._precision.box, WorkloadPanel(state).box]
+        left = classed(w.VBox(chosen), "wb-column", "wb-left")
+        right = classed(w.VBox([self._preview.box, self._tabs]), "wb-column", "wb-right")
+        columns = classed(w.Box([left, right]), "wb-columns")
+        super().__init__([html("wb-style", value=STYLE), columns, self._preview.theme])
+        self.add_class("wb-root")
+        state.start()
+        self._preview.start()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The choices, as the controls show them. Setting them moves the controls.
+
+        Raises:
+            ValueError: When set, if they cannot be placed; nothing changes then. A model not yet seen takes seconds.
+        """
+        return self._state.recipe
+
+    @recipe.setter
+    def recipe(self, recipe: Recipe) -> None:
+        self._state.replace(recipe)
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that is planned for. Setting it keeps the budgets, which must suit it.
+
+        Raises:
+            ValueError: When set, if the recipe names a device that it does not have; nothing changes then.
+        """
+        return self._state.machine
+
+    @machine.setter
+    def machine(self, machine: Machine) -> None:
+        if not isinstance(machine, Machine):
+            raise ValueError(f"A machine is a wb.Machine, not {type(machine).__name__}.")  # noqa: TRY004 - one kind of error for bad input
+        self._state.update(machine=machine)
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where everything goes, for the choices as they are now.
+
+        Waits for it while it is being worked out: seconds at the very beginning (torch is imported) and for a new
+        model, else milliseconds. None if the first model cannot be placed; the panel then says why.
+        """
+        self._state.settle()
+        return self._state.placement
+
+    @property
+    def session(self) -> Session | None:
+        """The loaded model, or None. Setting it makes a session from a cell the one that Generate talks to."""
+        return self._state.session
+
+    @session.setter
+    def session(self, session: Session | None) -> None:
+        if session is not None and not isinstance(session, Session):
+            raise ValueError(f"A session is what wb.load(...) returns, not {type(session).__name__}.")
+        self._state.hold(session)
+
+    def close(self) -> None:
+        """Stop what is going on, end the background threads, and take every part off the page.
+
+        A loaded model stays loaded: ``bench.session.unload()`` gives its memory back.
+        """
+        if self.comm is None:
+            return
+        self._generate.close()
+        self._load.close()
+        self._preview.close()
+        self._state.close()
+        parts = list(self.children)
+        self.children = ()
+        close_tree(*parts)
+        for part in (self.layout, getattr(self, "style", None)):
+            if isinstance(part, w.Widget):
+                part.close()
+        super().close()

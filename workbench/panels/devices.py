@@ -1,0 +1,264 @@
+"""The Devices panel: which machine, how much of each device, and how the layers are spread."""
+
+from __future__ import annotations
+
+import math
+import sys
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as w
+
+from workbench.hardware import Device, Machine, format_bytes, parse_bytes
+from workbench.panels.look import classed, close_tree, html, panel, problem_line
+from workbench.panels.state import bind, device_class
+from workbench.recipe import STRATEGIES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workbench.panels.state import State
+
+THIS_MACHINE = "This machine"
+_GIB = 2**30
+
+
+def slider_step(total_bytes: int) -> float:
+    """A slider's step in GiB: fine enough for a small model, and not thousands of steps for a big device."""
+    for up_to_gib, step in ((32, 0.05), (128, 0.1), (1024, 0.5)):
+        if total_bytes <= up_to_gib * _GIB:
+            return step
+    return 1.0
+
+
+class DevicesPanel:
+    """The machine, the strategy, and a row for each device.
+
+    Attributes:
+        box: What is shown.
+        rows: Device label to its controls: "use", "slider", "text" and "note".
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._untie: list[Callable[[], None]] = []
+        self._shown: tuple[Device, ...] = ()
+        self.machine = classed(
+            w.Dropdown(
+                description="Machine",
+                options=self._machines(),
+                value=state.machine.name,
+                tooltip="Plan for this machine, or try one that you do not have",
+            ),
+            "wb-machine",
+            "wb-wide",
+        )
+        self.strategy = classed(
+            w.Dropdown(
+                description="Strategy",
+                options=STRATEGIES,
+                value=state.recipe.strategy,
+                tooltip="auto and balanced fill all GPUs evenly, balanced_low_0 spares the first, "
+                "sequential fills one after the other, custom keeps the map as it is now",
+            ),
+            "wb-strategy",
+            "wb-wide",
+        )
+        self._rows_box = w.VBox([])
+        self.reset = classed(
+            w.Button(description="Reset to what is free", tooltip="Look again and use what is free, less each reserve"),
+            "wb-reset",
+        )
+        self.reset.layout.width = "auto"
+        self.box = panel(
+            "Devices", [self.machine, self.strategy, self._rows_box, self.reset, problem_line(state, "devices")]
+        )
+        bind(
+            self.machine,
+            state,
+            "devices",
+            show=self._machine_shown,
+            write=self._pick_machine,
+        )
+        bind(
+            self.strategy,
+            state,
+            "devices",
+            show=lambda: state.recipe.strategy,
+            write=self._pick_strategy,
+        )
+        self.reset.on_click(state.guarded("devices", self._reset))
+        state.observe(self._rebuild, "machine")
+        self._rebuild()
+
+    def _machines(self) -> tuple[str, ...]:
+        names = (THIS_MACHINE, *Machine.presets())
+        own = self._state.machine.name
+        return names if own in names else (own, *names)
+
+    def _machine_shown(self) -> str:
+        name = self._state.machine.name
+        if name not in self.machine.options:
+            self.machine.options = self._machines()
+        return name
+
+    def _pick_machine(self, name: str) -> None:
+        machine = _this_machine() if name == THIS_MACHINE else Machine.preset(name)
+        # The old budgets were for other devices.
+        self._state.update(machine=machine, max_memory=None, **self._without_custom())
+
+    def _without_custom(self) -> dict[str, Any]:
+        return {"strategy": "auto", "device_map": None} if self._state.recipe.strategy == "custom" else {}
+
+    def _pick_strategy(self, strategy: str) -> None:
+        if strategy != "custom":
+            self._state.update(strategy=strategy, device_map=None)
+            return
+        placement = self._state.placement
+        if placement is None or placement.unplaced or not self._state.is_current:
+            raise ValueError("A custom map starts from one in which everything has room: make room first.")
+        self._state.update(strategy="custom", device_map=dict(placement.device_map))
+
+    def _reset(self, _: object) -> None:
+        name = self._state.machine.name
+        fresh = _this_machine() if name == THIS_MACHINE else self._state.machine
+        self._state.update(machine=fresh, max_memory=None)
+
+    def _rebuild(self, _: object = None) -> None:
+        devices = self._state.machine.devices
+        if [(d.id, d.name, d.total_bytes) for d in devices] == [(d.id, d.name, d.total_bytes) for d in self._shown]:
+            # The same devices with other free memory: nobody's slider is pulled from under their hand.
+            for device in devices:
+                self.rows[device.label]["note"].value = _device_note(device)
+            return
+        self._shown = devices
+        for untie in self._untie:
+            untie()
+        old = self._rows_box.children
+        self.rows, self._untie = {}, []
+        self._rows_box.children = [self._row(device) for device in devices]
+        close_tree(*old)
+
+    def _row(self, device: Device) -> Any:
+        state, short = self._state, device_class(device)
+        step = slider_step(device.total_bytes)
+        most = max(step, math.ceil(device.total_bytes / _GIB / step) * step)
+        use = classed(
+            w.Checkbox(
+                description=device.label, indent=False, tooltip=f"Use {device.label} ({device.name}) or leave it out"
+            ),
+            f"wb-use-{short}",
+        )
+        slider = classed(
+            w.FloatSlider(
+                description=f"{device.label} memory in GiB",
+                min=0.0,
+                max=round(most, 2),
+                step=step,
+                readout=False,
+                tooltip=f"Memory of {device.label} that may be used, in GiB",
+            ),
+            f"wb-memory-{short}",
+            "wb-unseen-label",
+        )
+        text = classed(
+            w.Text(
+                description=f"{device.label} memory",
+                continuous_update=False,
+                placeholder="not used",
+            ),
+            f"wb-memory-text-{short}",
+            "wb-unseen-label",
+        )
+        note = html("wb-note", value=_device_note(device))
+
+        def budget_bytes() -> int | None:
+            return state.budgets().get(device.id)
+
+        def on_slider() -> float:
+            budget = budget_bytes() or 0
+            return float(min(slider.max, round(round(budget / _GIB / step) * step, 6)))
+
+        def in_text() -> str:
+            memory = state.recipe.max_memory
+            said = None if memory is None else memory.get(device.id)
+            if isinstance(said, str):
+                return said
+            budget = budget_bytes()
+            return "" if budget is None else format_bytes(budget)
+
+        def set_budget(size: int | str) -> None:
+            parse_bytes(size)
+            self._set(device, size)
+
+        def set_text(said: str) -> None:
+            if not said.strip():
+                raise ValueError(
+                    f"Type how much of {device.label} may be used, such as 2GiB; untick it to leave it out."
+                )
+            set_budget("".join(said.split()))
+
+        def show_use(_: object = None) -> None:
+            used = budget_bytes() is not None
+            if slider.disabled == used:
+                slider.disabled = text.disabled = not used
+            budget = budget_bytes()
+            tip = (
+                f"{budget:,} bytes; takes 2GiB, 2GB, 512MB, ..."
+                if budget is not None
+                else f"{device.label} is left out"
+            )
+            if text.tooltip != tip:
+                text.tooltip = tip
+
+        show_use()
+        state.observe(show_use, ["recipe", "machine"])
+        self._untie += [
+            lambda: state.unobserve(show_use, ["recipe", "machine"]),
+            bind(
+                use,
+                state,
+                "devices",
+                show=lambda: budget_bytes() is not None,
+                write=lambda used: self._set(device, state.machine.device(device.id).budget_bytes if used else None),
+            ),
+            bind(
+                slider,
+                state,
+                "devices",
+                show=on_slider,
+                write=lambda gib: set_budget(f"{round(gib, 6):g}GiB"),
+                same=lambda left, right: abs(left - right) < step / 2,
+            ),
+            bind(text, state, "devices", show=in_text, write=set_text),
+        ]
+        self.rows[device.label] = {"use": use, "slider": slider, "text": text, "note": note}
+        return classed(w.Box([use, slider, text, note]), "wb-device")
+
+    def _set(self, device: Device, size: int | str | None) -> None:
+        """Give a device another budget and leave the others what they are; None leaves the device out."""
+        state = self._state
+        memory = dict(state.machine.budgets() if state.recipe.max_memory is None else state.recipe.max_memory)
+        memory.pop(device.id, None)
+        if size is not None:
+            memory[device.id] = size
+        if not memory:
+            raise ValueError("A model needs at least one device: leave one ticked.")
+        ordered = {d.id: memory.pop(d.id) for d in state.machine.devices if d.id in memory}
+        state.update(max_memory={**ordered, **memory})
+
+
+def _this_machine() -> Machine:
+    # Before torch is imported there can be no tensors on a GPU, and importing it here would block the kernel.
+    return Machine.detect(accelerators="torch" in sys.modules)
+
+
+def _device_note(device: Device) -> str:
+    free = f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free"
+    return (
+        f'<span title="{device.free_bytes:,} of {device.total_bytes:,} bytes free; {escape(device.source)}">'
+        f"{escape(device.name)}: {free}</span> · "
+        f'<span title="{device.reserved_bytes:,} bytes for {escape(device.reserved_for)}">'
+        f"{format_bytes(device.reserved_bytes)} kept back</span>"
+    )

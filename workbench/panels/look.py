@@ -1,0 +1,298 @@
+"""What the panels share of HTML, CSS and JavaScript: one stylesheet and three small browser-side widgets."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import ipywidgets as w
+from traitlets import Bool, Unicode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from workbench.panels.state import State
+
+STYLE = """<style>
+.wb-root {
+  --wb-ink: var(--jp-ui-font-color1, CanvasText); --wb-soft: var(--jp-ui-font-color2, GrayText);
+  --wb-line: var(--jp-border-color2, rgba(127,127,127,.35)); --wb-ground: var(--jp-layout-color1, Canvas);
+  --wb-raised: var(--jp-layout-color2, rgba(127,127,127,.08));
+  --wb-good: #00795a; --wb-warn: #9a6200; --wb-bad: #b84a00; --wb-focus: var(--jp-brand-color1, #0072B2);
+  container: wb / inline-size; color: var(--wb-ink); width: 100%; box-sizing: border-box; overflow: visible;
+  padding: 2px; font-size: 13px;
+}
+body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b134; --wb-bad: #ff8a4c; }
+.wb-root *, .wb-root *::before { box-sizing: border-box; }
+.wb-root .wb-columns {
+  display: grid; grid-template-columns: minmax(0, 1fr); gap: 12px; width: 100%; overflow: visible;
+}
+@container wb (min-width: 860px) {
+  .wb-root .wb-columns { grid-template-columns: minmax(310px, 370px) minmax(0, 1fr); }
+}
+.wb-root .wb-column { width: 100%; min-width: 0; gap: 12px; overflow: visible; }
+.wb-root .wb-panel {
+  border: 1px solid var(--wb-line); border-radius: 6px; background: var(--wb-ground); padding: 8px 12px 10px;
+  width: 100%;
+  min-width: 0; overflow: visible;
+}
+.wb-root .widget-html, .wb-root .widget-html-content { min-width: 0; max-width: 100%; height: auto; line-height: 1.45; }
+.wb-root .widget-html { margin: 0; width: 100%; }
+.wb-root .wb-title .widget-html-content { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
+.wb-root .wb-note .widget-html-content { color: var(--wb-soft); font-size: 12px; overflow-wrap: anywhere; }
+.wb-root .wb-note summary { cursor: pointer; }
+.wb-root .wb-note table, .wb-root .wb-load-report table { border-collapse: collapse; margin: 4px 0; font-size: 12px; }
+.wb-root .wb-note td { padding: 1px 10px 1px 0; vertical-align: top; }
+.wb-root .wb-load-report th, .wb-root .wb-load-report td { padding: 2px 14px 2px 0; text-align: left; }
+.wb-root .wb-number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.wb-root .wb-scroll { overflow: auto; max-height: 180px; }
+.wb-root .wb-error .widget-html-content {
+  border-left: 3px solid var(--wb-bad); padding: 4px 8px; margin: 4px 0; background: var(--wb-raised);
+  overflow-wrap: anywhere;
+}
+.wb-root .wb-row {
+  display: flex; flex-flow: row wrap; align-items: center; gap: 4px 8px; width: 100%; overflow: visible;
+}
+.wb-root .wb-wide { width: 100%; max-width: 100%; margin: 2px 0; }
+.wb-root .wb-wide > .widget-label { width: 108px; flex: 0 0 108px; text-align: left; }
+.wb-root .wb-wide > select, .wb-root .wb-wide > input { min-width: 0; }
+.wb-root .widget-checkbox, .wb-root .widget-button { margin: 2px 0; }
+.wb-root .wb-device {
+  display: grid; grid-template-columns: 74px minmax(0, 1fr) 88px; align-items: center; gap: 0 8px; width: 100%;
+  margin-top: 2px; overflow: visible;
+}
+.wb-root .wb-device > * { width: 100%; margin: 0; min-width: 0; }
+.wb-root .wb-device .wb-note { grid-column: 1 / -1; }
+.wb-root .wb-device .wb-note .widget-html-content { margin-top: -4px; padding-left: 20px; font-size: 11px; }
+.wb-root .wb-device .widget-checkbox { width: 74px; }
+.wb-root .wb-device .widget-checkbox label { font-weight: 600; white-space: nowrap; overflow: visible; padding: 0; }
+.wb-root .wb-unseen-label > .widget-label {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; margin: 0;
+}
+.wb-root .wb-unseen-label { position: relative; }
+.wb-root .wb-device .widget-slider .slider-container { margin: 0 8px; }
+.wb-root .wb-method .widget-toggle-buttons, .wb-root .wb-method.widget-toggle-buttons { width: 100%; }
+.wb-root .wb-method .widget-toggle-button { width: auto; min-width: 52px; flex: 1 1 auto; margin: 0 4px 4px 0; }
+.wb-root .wb-method > div { flex-wrap: wrap; width: 100%; }
+.wb-root .wb-skip { display: flex; flex-flow: row wrap; gap: 4px; width: 100%; overflow: visible; }
+.wb-root .wb-skip .widget-toggle-button {
+  width: auto; height: 24px; line-height: 22px; padding: 0 8px; margin: 0; font-size: 12px;
+}
+.wb-root .widget-toggle-button.mod-active { box-shadow: inset 0 0 0 2px var(--wb-focus); font-weight: 600; }
+.wb-root .wb-verdict .widget-html-content { font-size: 15px; min-height: 24px; overflow-wrap: anywhere; }
+.wb-root .wb-verdict b { margin-right: 4px; }
+.wb-root .wb-fits b { color: var(--wb-good); } .wb-root .wb-offloads b { color: var(--wb-warn); }
+.wb-root .wb-does_not_fit b { color: var(--wb-bad); }
+.wb-root .wb-doing .widget-html-content { color: var(--wb-soft); font-size: 12px; min-height: 18px; }
+.wb-root .wb-old { opacity: .55; }
+.wb-root .wb-chart, .wb-root .wb-chart > * { width: 100%; min-width: 0; overflow: hidden; margin: 0; }
+.wb-root .wb-key .widget-html-content {
+  display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--wb-soft);
+}
+.wb-root .wb-key i {
+  display: inline-block; width: 14px; height: 10px; margin-right: 5px; border: 1px solid var(--wb-soft);
+  vertical-align: -1px;
+}
+.wb-root .wb-advice ul { margin: 4px 0 0; padding-left: 18px; }
+.wb-root .wb-plain-text { font-size: 12px; margin-top: 4px; } .wb-root .wb-plain-bar { display: flex; height: 18px; }
+.wb-root .wb-plain-bar span { flex: none; min-width: 0; }
+.wb-root .wb-plain-layers { display: flex; align-items: flex-end; gap: 1px; margin-top: 20px; }
+.wb-root .wb-plain-layers span { flex: 1 1 0; min-width: 0; }
+.wb-root .wb-tabs { width: 100%; min-width: 0; }
+.wb-root .wb-tabs .widget-tab-contents { min-height: 250px; padding: 10px 12px; overflow: visible; }
+.wb-root .wb-tabs .widget-box { overflow: visible; }
+.wb-root textarea { resize: vertical; }
+.wb-root .wb-stack > .widget-label { width: 100%; flex: none; text-align: left; }
+.wb-root .wb-stack { flex-direction: column; align-items: stretch; height: auto; }
+.wb-root .wb-short { width: 230px; max-width: 100%; margin: 2px 0; }
+.wb-root .wb-short > .widget-label { width: 118px; flex: 0 0 118px; text-align: left; }
+.wb-root .wb-log {
+  border: 1px solid var(--wb-line); border-radius: 4px; background: var(--wb-raised); padding: 8px 10px;
+  min-height: 96px; max-height: 340px; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+  line-height: 1.5; font-family: var(--jp-content-font-family, inherit); font-size: 14px;
+}
+.wb-root .wb-code-text {
+  border: 1px solid var(--wb-line); border-radius: 4px; background: var(--wb-raised); color: var(--wb-ink);
+  margin: 0 0 8px; padding: 8px 10px; max-height: 340px; overflow: auto; white-space: pre;
+  font: 12px/1.5 var(--jp-code-font-family, monospace);
+}
+.wb-root .wb-code button {
+  height: 28px; padding: 0 12px; margin: 0 8px 4px 0; border: 1px solid var(--wb-line); border-radius: 3px;
+  cursor: pointer;
+  background: var(--jp-layout-color2, ButtonFace); color: var(--wb-ink); font-size: 13px;
+}
+.wb-root .wb-code button:hover { border-color: var(--wb-focus); }
+.wb-root :focus-visible { outline: 2px solid var(--wb-focus); outline-offset: 1px; }
+.wb-root .wb-progress { width: 100%; margin: 4px 0; }
+</style>"""
+
+
+class Theme(anywidget.AnyWidget):
+    """Tells whether the notebook around is dark, and when that changes. It shows nothing."""
+
+    _esm = """
+    export default { render({ model, el }) {
+      el.style.display = "none";
+      const look = () => {
+        const said = document.body.dataset.jpThemeLight;
+        const dark = said === undefined ? matchMedia("(prefers-color-scheme: dark)").matches : said === "false";
+        if (dark !== model.get("dark")) { model.set("dark", dark); model.save_changes(); }
+      };
+      const watcher = new MutationObserver(look);
+      watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
+      look();
+      return () => watcher.disconnect();
+    } };
+    """
+    dark = Bool(default_value=False).tag(sync=True)
+
+
+class Log(anywidget.AnyWidget):
+    """Text that grows: what is added travels alone, and ``text`` has all of it for a page that comes later."""
+
+    _esm = """
+    export default { render({ model, el }) {
+      const box = document.createElement("div");
+      box.className = "wb-log";
+      box.tabIndex = 0;
+      box.setAttribute("role", "log");
+      box.setAttribute("aria-live", "polite");
+      box.setAttribute("aria-label", model.get("label"));
+      const follow = (change) => {
+        const near = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+        change();
+        if (near) box.scrollTop = box.scrollHeight;
+      };
+      const whole = () => follow(() => {
+        if (box.textContent !== model.get("text")) box.textContent = model.get("text");
+      });
+      const more = (message) => follow(() => box.append(message.add));
+      model.on("change:text", whole);
+      model.on("msg:custom", more);
+      whole();
+      el.append(box);
+      return () => { model.off("change:text", whole); model.off("msg:custom", more); };
+    } };
+    """
+    text = Unicode().tag(sync=True)
+    label = Unicode().tag(sync=True)
+
+    def add(self, piece: str) -> None:
+        """Append text on the pages that are open now."""
+        self.send({"add": piece})
+
+
+class CodeView(anywidget.AnyWidget):
+    """Code with a button that copies it and one that downloads the recipe it was made from."""
+
+    _esm = """
+    export default { render({ model, el }) {
+      const text = document.createElement("pre");
+      text.className = "wb-code-text";
+      text.tabIndex = 0;
+      text.setAttribute("aria-label", "Python code");
+      const button = (label, title, name) => {
+        const made = document.createElement("button");
+        made.type = "button"; made.textContent = label; made.title = title; made.className = name;
+        return made;
+      };
+      const copy = button("Copy code", "Copy the code to the clipboard", "wb-copy");
+      const save = button("Download recipe", "Save the choices as a JSON file", "wb-recipe-download");
+      const said = document.createElement("span");
+      said.setAttribute("role", "status");
+      const show = () => { text.textContent = model.get("code"); said.textContent = ""; };
+      const byHand = () => {
+        const range = document.createRange();
+        range.selectNodeContents(text);
+        getSelection().removeAllRanges();
+        getSelection().addRange(range);
+        let done = false;
+        try { done = document.execCommand("copy"); } catch { done = false; }
+        said.textContent = done ? "Copied." : "Selected: press Ctrl+C or Cmd+C to copy.";
+      };
+      copy.onclick = async () => {
+        try {
+          await navigator.clipboard.writeText(model.get("code"));
+          said.textContent = "Copied.";
+        } catch { byHand(); }
+      };
+      save.onclick = () => {
+        const link = document.createElement("a");
+        link.href = URL.createObjectURL(new Blob([model.get("recipe_json")], { type: "application/json" }));
+        link.download = "workbench-recipe.json";
+        link.click();
+        setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+      };
+      model.on("change:code", show);
+      show();
+      el.append(text, copy, save, said);
+      return () => model.off("change:code", show);
+    } };
+    """
+    code = Unicode().tag(sync=True)
+    recipe_json = Unicode().tag(sync=True)
+
+
+def classed(widget: Any, *names: str) -> Any:
+    """Give a widget CSS classes, and return it."""
+    for name in names:
+        widget.add_class(name)
+    return widget
+
+
+def html(*names: str, value: str = "") -> Any:
+    """A piece of HTML with CSS classes."""
+    return classed(w.HTML(value=value), *names)
+
+
+def panel(title: str, children: Iterable[Any], *names: str) -> Any:
+    """A titled box."""
+    heading = html("wb-title", value=f'<div role="heading" aria-level="3">{escape(title)}</div>')
+    return classed(w.VBox([heading, *children]), "wb-panel", *names)
+
+
+def problem_line(state: State, name: str) -> Any:
+    """The line in which a panel says what went wrong; it takes no room while nothing did."""
+    line = html("wb-error")
+
+    def show(_: object = None) -> None:
+        sentence = state.problems.get(name, "")
+        line.value = f'<div role="alert">{escape(sentence)}</div>' if sentence else ""
+        visible(line, when=bool(sentence))
+
+    state.observe(show, "problems")
+    show()
+    return line
+
+
+def visible(widget: Any, *, when: bool) -> None:
+    """Show or hide a widget."""
+    wanted = None if when else "none"
+    if widget.layout.display != wanted:
+        widget.layout.display = wanted
+
+
+def whole_tree(widget: Any) -> Iterator[Any]:
+    """Every widget that a widget is made of, layouts and styles included, itself last."""
+    for name in widget.keys:
+        value = getattr(widget, name)
+        for part in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(part, w.Widget):
+                yield from whole_tree(part)
+    yield widget
+
+
+def close_tree(*widgets: Any) -> None:
+    """Close widgets with everything that they are made of, in the browser too."""
+    for widget in widgets:
+        for part in list(whole_tree(widget)):
+            part.close()
+
+
+def count(number: int) -> str:
+    """A large count in three digits: 135M, 7.24B, 671B."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,272 @@
+"""The Precision and Workload panels: the chosen method's options and nothing else, and what the model is used for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as w
+
+from workbench.panels.look import classed, close_tree, html, panel, problem_line, visible
+from workbench.panels.state import bind
+from workbench.precision import DTYPES, FourBit, FullPrecision, Int8
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from workbench.panels.state import State
+    from workbench.precision import Precision
+
+METHODS = ("full", "int8", "nf4", "fp4")
+_TIPS = (
+    "No quantization",
+    "LLM.int8(): linear weights in 8 bits, outliers in 16",
+    "4 bits, spaced for normally distributed weights",
+    "4-bit floating point",
+)
+_MOST_CHIPS = 24
+
+
+def method_of(precision: Precision) -> str:
+    """Which of ``METHODS`` a precision is."""
+    return precision.quant_type if isinstance(precision, FourBit) else precision.method
+
+
+def name_groups(names: Iterable[str]) -> dict[str, int]:
+    """What hundreds of module names end in, and how often: ``{"q_proj": 30, "lm_head": 1}``, in order of appearance.
+
+    Such an ending is what ``skip_modules`` takes. A number says nothing by itself and keeps the part before it.
+    """
+    groups: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        groups[".".join(parts[-2:]) if parts[-1].isdecimal() else parts[-1]] += 1
+    return dict(groups)
+
+
+class PrecisionPanel:
+    """The method and its options.
+
+    Attributes:
+        box: What is shown.
+        chips: Module-name ending to its toggle button.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        # What was last chosen for each method, so that looking at another one loses nothing.
+        self._last: dict[str, Precision] = {
+            "full": FullPrecision(),
+            "int8": Int8(),
+            "nf4": FourBit(quant_type="nf4"),
+            "fp4": FourBit(quant_type="fp4"),
+        }
+        self.chips: dict[str, Any] = {}
+        self.method = classed(
+            w.ToggleButtons(options=METHODS, tooltips=_TIPS, value="full", description="Precision"),
+            "wb-precision",
+            "wb-method",
+            "wb-unseen-label",
+        )
+        self.dtype = classed(
+            w.Dropdown(description="Type", options=("auto", *DTYPES), tooltip=_TIPS[0]), "wb-dtype", "wb-wide"
+        )
+        self.threshold = classed(
+            w.FloatSlider(
+                description="Threshold",
+                min=0.0,
+                max=20.0,
+                step=0.5,
+                readout_format=".1f",
+                tooltip="Activations beyond this magnitude are multiplied in 16 bits; 0 switches that off",
+            ),
+            "wb-threshold",
+            "wb-wide",
+        )
+        self.double_quant = classed(
+            w.Checkbox(
+                description="Double quantization",
+                indent=False,
+                tooltip="Quantize the scales too: 0.4 bits less a weight",
+            ),
+            "wb-double-quant",
+        )
+        self.compute_dtype = classed(
+            w.Dropdown(
+                description="Compute type",
+                options=("auto", *DTYPES),
+                tooltip="The type to multiply in; auto is the model's own",
+            ),
+            "wb-compute-dtype",
+            "wb-wide",
+        )
+        self._chips_box = classed(w.Box([]), "wb-skip")
+        self.skip_text = classed(
+            w.Text(
+                description="Skip by name",
+                placeholder="model.layers.0.mlp, ...",
+                continuous_update=False,
+                tooltip="Modules to leave unquantized, by name or part of a name, with commas between them",
+            ),
+            "wb-skip-text",
+            "wb-wide",
+        )
+        self._skip_note = html("wb-note")
+        self.offload = classed(
+            w.Checkbox(
+                description="fp32 CPU offload",
+                indent=False,
+                tooltip="Allow unquantized layers on the CPU or disk beside quantized ones on a GPU",
+            ),
+            "wb-fp32-offload",
+        )
+        skip_label = html(value='<div title="Modules to leave unquantized">Skip modules (leave unquantized)</div>')
+        self._skip = w.VBox([skip_label, self._chips_box, self.skip_text, self._skip_note])
+        self.box = panel(
+            "Precision",
+            [
+                self.method,
+                self.dtype,
+                self.threshold,
+                self.double_quant,
+                self.compute_dtype,
+                self._skip,
+                self.offload,
+                problem_line(state, "precision"),
+            ],
+        )
+        # First: the text for other names depends on which names have a button.
+        state.observe(self._show_skips, ["recipe", "skeleton"])
+        state.observe(self._show_method, "recipe")
+        self._tie()
+        self._show_method()
+        self._show_skips()
+
+    def _tie(self) -> None:
+        state = self._state
+        bind(
+            self.method,
+            state,
+            "precision",
+            show=lambda: method_of(state.recipe.precision),
+            write=lambda method: state.update(precision=self._last[method]),
+        )
+        for control, option in (
+            (self.dtype, "dtype"),
+            (self.threshold, "threshold"),
+            (self.double_quant, "double_quant"),
+            (self.compute_dtype, "compute_dtype"),
+            (self.offload, "fp32_cpu_offload"),
+        ):
+            # A control of another method has nothing to say: it keeps what it shows.
+            bind(
+                control,
+                state,
+                "precision",
+                show=lambda control=control, option=option: getattr(state.recipe.precision, option, control.value),  # type: ignore[misc]
+                write=lambda value, option=option: self._set(**{option: value}),  # type: ignore[misc]
+            )
+        bind(
+            self.skip_text,
+            state,
+            "precision",
+            show=lambda: ", ".join(name for name in self._skips() if name not in self.chips),
+            write=self._set_skip_text,
+        )
+
+    def _skips(self) -> tuple[str, ...]:
+        return getattr(self._state.recipe.precision, "skip_modules", ())
+
+    def _set(self, **options: Any) -> None:
+        self._state.update(precision=dataclasses.replace(self._state.recipe.precision, **options))
+
+    def _set_skip_text(self, text: str) -> None:
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        chosen = tuple(name for name in self._skips() if name in self.chips)
+        self._set(skip_modules=(*chosen, *(name for name in names if name not in chosen)))
+
+    def _show_method(self, _: object = None) -> None:
+        precision = self._state.recipe.precision
+        self._last[method_of(precision)] = precision
+        visible(self.dtype, when=isinstance(precision, FullPrecision))
+        visible(self.threshold, when=isinstance(precision, Int8))
+        visible(self.double_quant, when=isinstance(precision, FourBit))
+        visible(self.compute_dtype, when=isinstance(precision, FourBit))
+        visible(self._skip, when=not isinstance(precision, FullPrecision))
+        visible(self.offload, when=not isinstance(precision, FullPrecision))
+
+    def _show_skips(self, _: object = None) -> None:
+        skeleton = self._state.skeleton
+        groups = name_groups(skeleton.linear_modules) if skeleton else {}
+        wanted = dict(list(groups.items())[-_MOST_CHIPS:])
+        if list(wanted) != list(self.chips):
+            old = self._chips_box.children
+            self.chips = {name: self._chip(name, times) for name, times in wanted.items()}
+            self._chips_box.children = tuple(self.chips.values())
+            close_tree(*old)
+        for name, chip in self.chips.items():
+            if chip.value != (name in self._skips()):
+                chip.value = name in self._skips()
+        default = ", ".join(skeleton.default_skips) if skeleton else ""
+        if self._skips():
+            note = "Names given here replace the usual choice" + (f" ({default})." if default else ".")
+        else:
+            note = "None chosen: the usual choice stays unquantized" + (f" ({default})." if default else ".")
+        if self._skip_note.value != escape(note):
+            self._skip_note.value = escape(note)
+
+    def _chip(self, name: str, times: int) -> Any:
+        chip = w.ToggleButton(
+            description=name if times == 1 else f"{name} x{times}",
+            tooltip=f"Leave {'this module' if times == 1 else f'these {times} modules'} unquantized: {name}",
+        )
+
+        def toggle(change: Any) -> None:
+            with self._state.lock:
+                skips = self._skips()
+                if change["new"] == (name in skips):
+                    return
+                wanted = (*skips, name) if change["new"] else tuple(skip for skip in skips if skip != name)
+                self._state.guarded("precision", lambda: self._set(skip_modules=wanted))()
+                chip.value = name in self._skips()
+
+        chip.observe(toggle, "value")
+        return chip
+
+
+class WorkloadPanel:
+    """Context length and batch size.
+
+    Attributes:
+        box: What is shown.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.context = classed(
+            w.IntText(
+                description="Context",
+                continuous_update=False,
+                tooltip="Tokens of prompt and answer together, for each sequence",
+            ),
+            "wb-context",
+            "wb-wide",
+        )
+        self.batch = classed(
+            w.IntText(description="Batch", continuous_update=False, tooltip="Sequences at a time"),
+            "wb-batch",
+            "wb-wide",
+        )
+        note = html("wb-note", value="What the KV cache and the activations are for, in tokens and sequences.")
+        self.box = panel("Workload", [self.context, self.batch, note, problem_line(state, "workload")])
+        for control, option in ((self.context, "context_length"), (self.batch, "batch_size")):
+            bind(
+                control,
+                state,
+                "workload",
+                show=lambda option=option: getattr(state.recipe.workload, option),  # type: ignore[misc]
+                write=lambda value, option=option: state.update(  # type: ignore[misc]
+                    workload=dataclasses.replace(state.recipe.workload, **{option: value})
+                ),
+            )

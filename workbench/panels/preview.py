@@ -1,0 +1,152 @@
+"""The Preview panel: the verdict, the picture, and advice; always in view."""
+
+from __future__ import annotations
+
+import threading
+from html import escape
+from typing import TYPE_CHECKING
+
+import ipywidgets as w
+
+from workbench.hardware import format_bytes
+from workbench.panels.chart import KINDS, Chart, chart_height, chart_spec, spec_as_html
+from workbench.panels.look import Theme, classed, close_tree, html, panel, problem_line
+
+if TYPE_CHECKING:
+    from workbench.panels.state import State
+    from workbench.placement import Placement
+
+VERDICTS = {"fits": ("✓", "Fits"), "offloads": ("⇅", "Offloads"), "does_not_fit": ("✗", "Does not fit")}
+
+
+class PreviewPanel:
+    """What the choices come to.
+
+    Attributes:
+        box: What is shown.
+        chart: The plotly figure, once there is one.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.chart: Chart | None = None
+        self._closed = False
+        self.theme = Theme()
+        self._verdict = html("wb-verdict")
+        self._doing = html("wb-doing")
+        self._plain = html("wb-plain")
+        self._holder = classed(w.Box([self._plain]), "wb-chart")
+        self._why_plain = html("wb-note")
+        self._advice = html("wb-advice")
+        self.box = panel(
+            "Preview",
+            [
+                problem_line(state, "preview"),
+                self._verdict,
+                self._doing,
+                self._holder,
+                html("wb-key", value=_key()),
+                self._why_plain,
+                self._advice,
+            ],
+        )
+        state.observe(self._show, "placement")
+        state.observe(self._show_doing, ["doing", "recipe", "machine", "placement"])
+        self.theme.observe(self._redraw, "dark")
+        self._maker = threading.Thread(target=self._make_chart, name="workbench-chart", daemon=True)
+        self._show()
+        self._show_doing()
+
+    def start(self) -> None:
+        """Import plotly and make the figure in the background; the plain picture stands in until then."""
+        self._maker.start()
+
+    def close(self) -> None:
+        """Let the background thread come to its end."""
+        self._closed = True
+        if self._maker.is_alive():
+            self._maker.join()
+
+    def _make_chart(self) -> None:
+        try:
+            chart = Chart()
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with plotly, the plain picture will do
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._why_plain.value = (
+                f"Plotly's figure could not be made, so this is the plain picture ({escape(reason[:200])})."
+            )
+            return
+        with self._state.lock:
+            if self._closed:
+                close_tree(chart.figure)
+                return
+            self.chart = chart
+            self._redraw()
+
+    def _show(self, _: object = None) -> None:
+        placement = self._state.placement
+        if placement is None:
+            self._verdict.value = '<div role="status">The verdict appears here in a few seconds.</div>'
+            self._holder.layout.height = f"{chart_height(len(self._state.budgets()))}px"
+            return
+        symbol, word = VERDICTS[placement.verdict]
+        for name in VERDICTS:
+            if name == placement.verdict:
+                self._verdict.add_class(f"wb-{name}")
+            else:
+                self._verdict.remove_class(f"wb-{name}")
+        # The summary begins with the verdict's own words.
+        rest = placement.summary.removeprefix(word)
+        summary = f"<b>{symbol} {word}</b>{escape(rest)}"
+        self._verdict.value = f'<div role="status" title="{_exact(placement)}">{summary}</div>'
+        items = "".join(f"<li>{escape(line)}</li>" for line in placement.advice)
+        self._advice.value = f"<ul>{items}</ul>" if items else ""
+        self._redraw()
+
+    def _redraw(self, _: object = None) -> None:
+        with self._state.lock:
+            placement = self._state.placement
+            if placement is None:
+                return
+            spec = chart_spec(placement)
+            if self._holder.layout.height != f"{spec.height_px}px":
+                self._holder.layout.height = f"{spec.height_px}px"
+            if self.chart is None:
+                self._plain.value = spec_as_html(spec)
+                return
+            self.chart.show(spec, dark=self.theme.dark)
+            if self._holder.children != (self.chart.figure,):  # made and shown in different steps: Colab needs that
+                self._holder.children = (self.chart.figure,)
+                close_tree(self._plain)
+
+    def _show_doing(self, _: object = None) -> None:
+        self._doing.value = escape(self._state.doing)
+        if self._state.placement is not None and not self._state.is_current:
+            self._holder.add_class("wb-old")
+        else:
+            self._holder.remove_class("wb-old")
+
+
+def _exact(placement: Placement) -> str:
+    parts = [f"weights {placement.total_bytes:,} bytes"]
+    if placement.kv_cache_bytes is not None:
+        parts.append(f"KV cache {placement.kv_cache_bytes:,} bytes ({format_bytes(placement.kv_cache_bytes)})")
+    return escape("; ".join(parts))
+
+
+def _key() -> str:
+    """What the hatchings and the line mean."""
+    hatch = {
+        "": "background:var(--wb-soft)",
+        "/": "background:repeating-linear-gradient(135deg,var(--wb-soft) 0 2px,transparent 2px 5px)",
+        "x": "background:repeating-linear-gradient(45deg,var(--wb-soft) 0 1px,transparent 1px 4px),"
+        "repeating-linear-gradient(135deg,var(--wb-soft) 0 1px,transparent 1px 4px)",
+        ".": "background:radial-gradient(var(--wb-soft) 1px,transparent 1.5px) 0 0/4px 4px",
+    }
+    entries = [
+        f'<span><i style="{"opacity:.4" if kind == "free" else hatch[shape]}"></i>{escape(kind)}</span>'
+        for kind, shape in KINDS
+    ]
+    entries.append('<span><i style="width:0;height:12px;border-width:0 0 0 2px"></i>limit</span>')
+    entries.append('<span><i style="background:#D55E00;border-color:#D55E00"></i>no room</span>')
+    return "".join(entries)

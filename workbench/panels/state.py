@@ -1,0 +1,341 @@
+"""The one state that all panels share: inputs, read-only results, and the one recompute between them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from traitlets import Dict, HasTraits, Instance, Unicode
+
+from workbench.hardware import Device, DeviceId, Machine, parse_bytes
+from workbench.placement import Placement, place
+from workbench.recipe import Recipe
+from workbench.session import Session
+from workbench.skeleton import Skeleton, read_skeleton
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workbench.model import ModelRef
+    from workbench.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Answer:
+    """A placement with everything that it was computed from."""
+
+    recipe: Recipe
+    machine: Machine
+    skeleton: Skeleton
+    placement: Placement
+
+
+class State(HasTraits):
+    """Inputs, results, and what is going on. Panels observe the traits; only the methods here change them.
+
+    A change whose model is ready is computed where it is made, in milliseconds. Everything slow (importing torch, a
+    newly picked model, measuring a KV cache) happens in one thread that always works on the newest wish and forgets
+    older ones. Callbacks arrive on several threads, so every change happens under ``lock``.
+
+    Args:
+        recipe: The choices to begin with.
+        machine: The machine to plan for; None is this one, whose accelerators are looked for in the background.
+    """
+
+    recipe = Instance(Recipe, read_only=True)
+    machine = Instance(Machine, read_only=True)
+    skeleton = Instance(Skeleton, allow_none=True, read_only=True)
+    placement = Instance(Placement, allow_none=True, read_only=True)
+    session = Instance(Session, allow_none=True, read_only=True)
+    doing = Unicode(read_only=True)  # what the planner is at, in words; empty when the answer is complete
+    activity = Unicode(read_only=True)  # "loading", "unloading", "generating" or "": at most one at a time
+    problems = Dict(read_only=True)  # panel -> the sentence that it shows
+
+    def __init__(self, recipe: Recipe, machine: Machine | None) -> None:
+        super().__init__()
+        self.lock = threading.RLock()
+        self._wake = threading.Condition(self.lock)
+        self._detected = machine is not None
+        self._wanted = True  # the planner's single slot: whatever recipe and machine are when it looks
+        self._working = False
+        self._closed = False
+        self._good: _Answer | None = None
+        self._warm: set[tuple[ModelRef, Precision]] = set()
+        self.set_trait("recipe", recipe)
+        self.set_trait("machine", machine or Machine.detect(accelerators=False))
+        self._planner = threading.Thread(target=self._plan_forever, name="workbench-planner", daemon=True)
+
+    # What the panels ask.
+
+    def budgets(self) -> dict[DeviceId, int]:
+        """The budget of each device that is used, in bytes; devices that the machine does not have are left out."""
+        memory = self.recipe.max_memory
+        if memory is None:
+            return self.machine.budgets()
+        return {d.id: parse_bytes(memory[d.id]) for d in self.machine.devices if d.id in memory}
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the placement answers the recipe and the machine as they are now."""
+        good = self._good
+        return good is not None and good.recipe == self.recipe and good.machine == self.machine
+
+    # What the panels do.
+
+    def update(self, *, machine: Machine | None = None, **changes: Any) -> None:
+        """Change several choices at once, with one recompute.
+
+        Raises:
+            TypeError: If a choice is unknown.
+            ValueError: If a choice cannot be meant; nothing is changed then.
+        """
+        with self.lock:
+            recipe = self.recipe.with_(**changes) if changes else self.recipe
+            machine = machine or self.machine
+            if self._detected or machine is not self.machine:
+                machine.parse_max_memory(recipe.max_memory)
+            if recipe == self.recipe and machine == self.machine:
+                return
+            good = self._good
+            if good is None or good.recipe.model != recipe.model or _warmth(recipe) not in self._warm:
+                self._publish(recipe, machine)
+            else:
+                placement = place(recipe, machine=machine, skeleton=good.skeleton, measure=False)
+                answer = _Answer(recipe=recipe, machine=machine, skeleton=good.skeleton, placement=placement)
+                self._publish(recipe, machine, answer)
+                if placement.kv_cache_bytes is not None:
+                    return
+            self._want()
+
+    def replace(self, recipe: Recipe) -> None:
+        """Change all choices at once, checked in full before anything changes; takes seconds for a model not yet seen.
+
+        Raises:
+            ValueError: If the recipe cannot be placed; nothing is changed then.
+        """
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"A recipe is a wb.Recipe(...), not {type(recipe).__name__}.")  # noqa: TRY004 - one kind of error for bad input
+        self.settle()  # before that, the machine's accelerators are unknown
+        machine = self.machine
+        skeleton = read_skeleton(recipe.model)
+        placement = place(recipe, machine=machine, skeleton=skeleton, measure=False)
+        with self.lock:
+            self.set_trait("problems", {})
+            answer = _Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement)
+            self._publish(recipe, machine, answer)
+            self._want()
+
+    def settle(self, timeout: float | None = None) -> bool:
+        """Wait until the planner has nothing left to do.
+
+        Args:
+            timeout: Seconds at most; None waits as long as it takes.
+
+        Returns:
+            Whether it has come to rest.
+        """
+        with self._wake:
+            return self._wake.wait_for(lambda: self._closed or not (self._wanted or self._working), timeout)
+
+    def begin(self, activity: str) -> None:
+        """Claim the worker for one activity.
+
+        Raises:
+            ValueError: If another one is going on.
+        """
+        with self.lock:
+            if self.activity:
+                raise ValueError(f"Workbench is still {self.activity}: wait for it, or stop it first.")
+            self.set_trait("activity", activity)
+
+    def end(self) -> None:
+        """Give the worker back."""
+        with self.lock:
+            self.set_trait("activity", "")
+
+    def hold(self, session: Session | None) -> None:
+        """Make a loaded model the one that is talked to; None for none."""
+        with self.lock:
+            self.set_trait("session", session)
+
+    def report(self, panel: str, sentence: str) -> None:
+        """Show a sentence in a panel; an empty one takes it away."""
+        with self.lock:
+            if self.problems.get(panel, "") != sentence:
+                self.set_trait("problems", {**self.problems, panel: sentence})
+
+    def guarded(self, panel: str, action: Callable[..., None]) -> Callable[..., None]:
+        """Make a callback that shows its error in a panel, where no cell would show it, and lets the kernel go on."""
+
+        def run(*args: Any) -> None:
+            try:
+                self.report(panel, "")
+                action(*args)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
+                self.report(panel, as_sentence(error))
+
+        return run
+
+    # The planner.
+
+    def start(self) -> None:
+        """Start planning in the background."""
+        self._planner.start()
+
+    def close(self) -> None:
+        """Stop the planner; a step that it is in the middle of is finished first."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        if self._planner.is_alive():
+            self._planner.join()
+
+    def _want(self) -> None:
+        self._wanted = True
+        self._wake.notify_all()
+
+    def _publish(self, recipe: Recipe, machine: Machine, answer: _Answer | None = None) -> None:
+        """Set inputs and results together, so that no observer sees half of a change."""
+        with self.lock, self.hold_trait_notifications():
+            self.set_trait("recipe", recipe)
+            self.set_trait("machine", machine)
+            if answer is not None:
+                self._good = answer
+                self.set_trait("skeleton", answer.skeleton)
+                self.set_trait("placement", answer.placement)
+                self.set_trait("problems", {**self.problems, "preview": ""})
+
+    def _plan_forever(self) -> None:
+        while True:
+            with self._wake:
+                self._working = False
+                if not self._wanted:
+                    self.set_trait("doing", "")
+                    self._wake.notify_all()
+                self._wake.wait_for(lambda: self._wanted or self._closed)
+                if self._closed:
+                    return
+                self._wanted, self._working = False, True
+                recipe, machine, good = self.recipe, self.machine, self._good
+            try:
+                self._plan(recipe, machine, good)
+            except Exception as error:  # noqa: BLE001 - the thread must outlive any model
+                with self.lock:
+                    if (recipe, machine) == (self.recipe, self.machine):
+                        self._fall_back("preview", as_sentence(error))
+
+    def _plan(self, recipe: Recipe, machine: Machine, good: _Answer | None) -> None:
+        if not self._detected:
+            self._say("Looking for GPUs ...")
+            found = Machine.detect()
+            with self.lock:
+                if not self._detected and self.machine is machine:
+                    self._publish(self.recipe, found)
+                self._detected = True
+                self._want()  # again, for the machine as it is known now
+            return
+        if good is not None and good.recipe.model == recipe.model:
+            skeleton = good.skeleton
+        else:
+            self._say(f"Reading what {recipe.model} is made of ...")
+            try:
+                skeleton = read_skeleton(recipe.model)
+            except ValueError as error:
+                with self.lock:
+                    if self.recipe.model == recipe.model:
+                        self._fall_back("model", as_sentence(error))
+                return
+        self._say("Working out where every layer goes ...")
+        placement = place(recipe, machine=machine, skeleton=skeleton, measure=False)
+        if self._offer(_Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement)):
+            if placement.kv_cache_bytes is None:
+                self._say("Measuring the KV cache and the activations ...")
+                placement = place(recipe, machine=machine, skeleton=skeleton, measure=True)
+                self._offer(_Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement))
+            with self.lock:
+                self._warm.add(_warmth(recipe))
+
+    def _say(self, text: str) -> None:
+        with self.lock:
+            self.set_trait("doing", text)
+
+    def _offer(self, answer: _Answer) -> bool:
+        """Publish an answer unless its question is an old one."""
+        with self.lock:
+            if (answer.recipe, answer.machine) != (self.recipe, self.machine):
+                if not self.is_current:
+                    self._want()
+                return False
+            self._publish(answer.recipe, answer.machine, answer)
+            return True
+
+    def _fall_back(self, panel: str, sentence: str) -> None:
+        """Say what was wrong and go back to the last choices that could be placed."""
+        self.report(panel, sentence)
+        good = self._good
+        if good is not None:
+            self._publish(good.recipe, good.machine, good)
+            self.report("preview", sentence if panel == "preview" else "")
+
+
+def _warmth(recipe: Recipe) -> tuple[ModelRef, Precision]:
+    """What a placement's slow first time depends on: the module tree is built for each of these."""
+    return recipe.model, recipe.precision
+
+
+def as_sentence(error: Exception) -> str:
+    """An error as one sentence for a person."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError) and text:
+        return text
+    return f"That went wrong ({type(error).__name__}: {text[:300]}); what was there before is kept."
+
+
+def bind(
+    control: Any,
+    state: State,
+    panel: str,
+    *,
+    show: Callable[[], Any],
+    write: Callable[[Any], None],
+    same: Callable[[Any, Any], bool] = lambda left, right: bool(left == right),
+) -> Callable[[], None]:
+    """Tie a control's value to a choice of the recipe, both ways.
+
+    What the control says is compared at its own resolution: a value that already says what the recipe says writes
+    nothing, so nothing loops. A refused value is put back, and the panel says why.
+
+    Args:
+        control: A widget with a ``value``.
+        state: The state.
+        panel: Where errors are shown.
+        show: The value that the control should have, from the state.
+        write: Puts a value into the state; may raise.
+        same: Whether two values mean the same to this control.
+
+    Returns:
+        A function that unties them.
+    """
+
+    def from_state(_: object = None) -> None:
+        shown = show()
+        if not same(control.value, shown):
+            control.value = shown
+
+    def from_control(change: Any) -> None:
+        with state.lock:
+            if not same(change["new"], show()):
+                state.guarded(panel, write)(change["new"])
+                from_state()
+
+    from_state()
+    names = ["recipe", "machine", "skeleton"]
+    state.observe(from_state, names)
+    control.observe(from_control, "value")
+    return lambda: state.unobserve(from_state, names)
+
+
+def device_class(device: Device) -> str:
+    """A device's name as part of a CSS class: "cuda-0", "cpu"."""
+    return device.label.replace(":", "-")

@@ -1,0 +1,447 @@
+"""The computed answer: where every layer goes, what it costs there, and whether it fits.
+
+With skeleton.py, the only file that touches parts of transformers and accelerate that are not their public API;
+tests/test_placement.py compares the results with ``from_pretrained`` itself and fails when those parts change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from workbench.hardware import DeviceId, Machine
+from workbench.model import refuses_unknown
+from workbench.precision import FullPrecision
+from workbench.sizes import Sizes, device_of, sizes_of
+from workbench.skeleton import Block, MetaModel, Skeleton, read_skeleton, turn
+from workbench.verdict import judge
+from workbench.workload import Cost, Workload, measure_cost
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from workbench.precision import Precision
+    from workbench.recipe import Recipe
+
+Verdict = Literal["fits", "offloads", "does_not_fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """What one device holds, in bytes.
+
+    Attributes:
+        weight_bytes: All tensors of the modules on it, quantization state and buffers included, after the load.
+        kv_cache_bytes: The KV cache at the workload's full context, of the layers that run on it; None while unknown.
+        activation_bytes: Estimate of the peak of live activations of the layers that run on it; None while unknown.
+        reserved_bytes: Room for the largest layer that has to be brought here to run, when layers are offloaded.
+        limit_bytes: The budget from ``max_memory``: as in accelerate, it bounds weights and the reserve.
+        capacity_bytes: What the device really has to give: free memory less its named reserve. Everything together
+            (weights, cache, activations, reserve) must stay within it.
+    """
+
+    weight_bytes: int
+    kv_cache_bytes: int | None
+    activation_bytes: int | None
+    reserved_bytes: int
+    limit_bytes: int
+    capacity_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        """Everything that is known to be needed."""
+        return self.weight_bytes + (self.kv_cache_bytes or 0) + (self.activation_bytes or 0) + self.reserved_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left on the device; negative if it is exceeded."""
+        return self.capacity_bytes - self.used_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One block of the model and where it goes.
+
+    Attributes:
+        name: Module name, e.g. ``"model.layers.0"``.
+        class_name: Its class.
+        device: Where it is kept; None if no device that was offered has room.
+        bytes_before: Its bytes in the model's own dtype.
+        bytes_after: Its bytes in the chosen precision, quantization state included.
+        quantized: Whether any weight in it is quantized.
+    """
+
+    name: str
+    class_name: str
+    device: DeviceId | None
+    bytes_before: int
+    bytes_after: int
+    quantized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where everything goes.
+
+    Attributes:
+        device_map: Module name to device, exactly what ``from_pretrained`` is given; without what has no room.
+        layers: The blocks in execution order.
+        memory: For each device of the budget, in accelerate's order, what it will hold.
+        verdict: ``"fits"``: every layer runs where it is kept. ``"offloads"``: some wait on the CPU or disk and are
+            fetched to run. ``"does_not_fit"``: it cannot be loaded or used as asked.
+        summary: The verdict in one sentence with numbers.
+        advice: What to do about it, sentences with numbers; may be empty.
+        unplaced: Modules for which no device that was offered has room.
+        dtype: What the unquantized weights are kept in.
+        total_bytes: Bytes of all weights after the load.
+        kv_cache_bytes: The whole KV cache; None while unknown.
+        machine: The machine that it was computed for.
+        recipe: The choices that it was computed from.
+    """
+
+    device_map: dict[str, DeviceId]
+    layers: tuple[Layer, ...]
+    memory: dict[DeviceId, DeviceMemory]
+    verdict: Verdict
+    summary: str
+    advice: tuple[str, ...]
+    unplaced: tuple[str, ...]
+    dtype: str
+    total_bytes: int
+    kv_cache_bytes: int | None
+    machine: Machine = field(repr=False)
+    recipe: Recipe = field(repr=False)
+
+    @property
+    def waiting(self) -> tuple[Layer, ...]:
+        """The layers that are kept where they do not run, and are fetched each time."""
+        gpus = any(device not in ("cpu", "disk") for device in self.device_map.values())
+        return tuple(layer for layer in self.layers if layer.device == "disk" or (gpus and layer.device == "cpu"))
+
+
+@refuses_unknown
+def place(
+    recipe: Recipe, *, machine: Machine | None = None, skeleton: Skeleton | None = None, measure: bool = True
+) -> Placement:
+    """Compute where every layer goes and what it costs there. No weights are read.
+
+    The four named strategies give what ``from_pretrained`` would do with the same ``max_memory`` on that machine.
+
+    Args:
+        recipe: The choices.
+        machine: For which machine; None is this one as it is now.
+        skeleton: The recipe's model, if it is already there; None reads it.
+        measure: False leaves cache and activations unknown (None) unless they have been measured before; measuring
+            takes up to a few seconds, once for each model and dtype.
+
+    Returns:
+        The placement; one that does not fit is a verdict, not an error.
+
+    Raises:
+        ValueError: If the recipe cannot be meant for this model or machine; the sentence says what to do.
+    """
+    machine = machine or Machine.detect()
+    skeleton = skeleton or read_skeleton(recipe.model)
+    _check_context(recipe.workload, skeleton)
+    _check_skip_modules(recipe.precision, skeleton)
+    meta = skeleton.meta_model(recipe.precision)
+    sizes = sizes_of(skeleton, recipe.precision)
+    budgets = _budgets(recipe, machine)
+    if recipe.strategy == "custom":
+        device_map = dict(recipe.device_map or {})
+        _check_custom_map(device_map, budgets, skeleton, sizes)
+        unplaced: tuple[str, ...] = ()
+    else:
+        planned = _plan(meta, recipe.strategy, budgets)
+        unplaced = tuple(name for name, device in planned.items() if device not in budgets)
+        device_map = {name: device for name, device in planned.items() if device in budgets}
+    cost = _cost(skeleton, recipe.precision, measure=measure)
+    draft = Placement(
+        device_map=device_map,
+        layers=(),
+        memory={},
+        verdict="does_not_fit",
+        summary="",
+        advice=(),
+        unplaced=unplaced,
+        dtype=meta.dtype,
+        total_bytes=0,
+        kv_cache_bytes=None,
+        machine=machine,
+        recipe=recipe,
+    )
+    draft = _account(draft, skeleton, sizes, cost, budgets)
+    verdict, summary, advice = judge(draft, skeleton, cost, lambda raised: _plan(meta, recipe.strategy, raised))
+    return replace(draft, verdict=verdict, summary=summary, advice=advice)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_context(workload: Workload, skeleton: Skeleton) -> None:
+    limit = skeleton.context_length
+    if limit is not None and workload.context_length > limit:
+        raise ValueError(
+            f"{skeleton.source.title} allows a context of {limit:,} tokens; lower context_length from "
+            f"{workload.context_length:,}."
+        )
+
+
+def _check_skip_modules(precision: Precision, skeleton: Skeleton) -> None:
+    if isinstance(precision, FullPrecision) or not precision.skip_modules:
+        return
+    import re
+
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    names = skeleton.linear_modules
+    for pattern in precision.skip_modules:
+        try:
+            hits = [name for name in names if not should_convert_module(name, [pattern])]
+        except re.error as error:
+            raise ValueError(f"skip_modules: {pattern!r} is neither a module name nor a pattern ({error}).") from None
+        if not hits:
+            candidates = sorted({part for name in names for part in (name, name.rpartition(".")[2])})
+            close = difflib.get_close_matches(pattern, candidates, n=3) or candidates[:3]
+            raise ValueError(
+                f"skip_modules: {skeleton.architecture} has no linear module {pattern!r}; close are "
+                f"{', '.join(map(repr, close))}."
+            )
+    for name in skeleton.linear_modules:
+        if f"{name}.weight" in skeleton.tied and should_convert_module(name, list(precision.skip_modules)):
+            raise ValueError(
+                f"skip_modules leaves out {name!r}, whose weight is the embedding's and cannot be quantized: add it."
+            )
+
+
+def _budgets(recipe: Recipe, machine: Machine) -> dict[DeviceId, int]:
+    budgets = machine.parse_max_memory(recipe.max_memory)
+    if recipe.max_memory is None and "disk" in (recipe.device_map or {}).values():
+        budgets["disk"] = machine.device("disk").budget_bytes
+    return budgets
+
+
+def _check_custom_map(
+    device_map: Mapping[str, DeviceId], budgets: Mapping[DeviceId, int], skeleton: Skeleton, sizes: Sizes
+) -> None:
+    known = sizes.module_names
+    for name, device in device_map.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"device_map: {skeleton.architecture} has no module {name!r}{hint}")
+        if device not in budgets:
+            offered = ", ".join(map(repr, budgets))
+            raise ValueError(f"device_map puts {name!r} on {device!r}, but the budget offers only {offered}.")
+    missing = [t.name for t in sizes.tensors if device_of(t.name, device_map) is None]
+    if missing:
+        modules = list(dict.fromkeys(sizes.block_of[name] for name in missing))
+        shown = ", ".join(modules[:5]) + (f" and {len(modules) - 5} more" if len(modules) > 5 else "")
+        raise ValueError(f"device_map leaves out {shown}: give each a device.")
+    for block in skeleton.blocks:
+        inside = [name for name in device_map if name.startswith(f"{block.name}.")]
+        devices = {device_of(t.name, device_map) for t in sizes.tensors if sizes.block_of[t.name] == block.name}
+        if inside and len(devices) > 1 and block.class_name in skeleton.no_split_classes:
+            raise ValueError(
+                f"device_map splits {block.name}, but a {block.class_name} must stay on one device: give it one device "
+                "in place of its parts."
+            )
+    for copy, original in skeleton.tied.items():
+        if device_of(copy, device_map) != device_of(original, device_map):
+            raise ValueError(f"device_map parts {copy} from {original}, which are one tensor: give both one device.")
+
+
+_costs: weakref.WeakKeyDictionary[MetaModel, Cost | None] = weakref.WeakKeyDictionary()
+
+
+# --- the strategies, as transformers has them -------------------------------------------------------------------------
+
+
+def _plan(meta: MetaModel, strategy: str, budgets: Mapping[DeviceId, int]) -> dict[str, DeviceId]:
+    """What ``from_pretrained(device_map=strategy, max_memory=budgets)`` computes; "disk" where nothing has room."""
+    from transformers.integrations import accelerate as planner
+
+    module, quantizer = meta.module, meta.quantizer
+    no_split = module._no_split_modules  # noqa: SLF001 - see the module's docstring
+    try:
+        with _without_warnings_about_absent_devices():
+            if strategy == "sequential":
+                memory = planner.get_max_memory(dict(budgets))
+            else:
+                memory = planner.get_balanced_memory(
+                    module,
+                    max_memory=dict(budgets),
+                    no_split_module_classes=no_split,
+                    hf_quantizer=quantizer,
+                    low_zero=strategy == "balanced_low_0",
+                )
+            if quantizer is not None:
+                memory = quantizer.adjust_max_memory(memory)
+            return dict(
+                planner.infer_auto_device_map(
+                    module,
+                    max_memory=memory,
+                    no_split_module_classes=no_split,
+                    hf_quantizer=quantizer,
+                    no_placement_params=getattr(module, "_no_placement_params", None),
+                )
+            )
+    except (
+        KeyError,
+        IndexError,
+        ValueError,
+    ) as error:  # its own code fails on some budgets, such as low_0 without GPU 0
+        raise ValueError(
+            f"transformers cannot plan strategy {strategy!r} for these budgets ({type(error).__name__}: {error}); "
+            "choose another strategy, or a custom device_map."
+        ) from error
+
+
+@contextmanager
+def _without_warnings_about_absent_devices() -> Iterator[None]:
+    """Planning for a machine that is not this one is the point here, so it is nothing to warn about."""
+    loggers = [
+        logging.getLogger(name) for name in ("accelerate.utils.modeling", "transformers.integrations.accelerate")
+    ]
+    quiet = logging.Filter("nobody.logs.under.this.name")
+    for logger in loggers:
+        logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(quiet)
+
+
+def _cost(skeleton: Skeleton, precision: Precision, *, measure: bool) -> Cost | None:
+    """Cache and activations of a model in the dtype that it computes in, measured once."""
+    full = precision if isinstance(precision, FullPrecision) else FullPrecision()
+    meta = skeleton.meta_model(full)
+    if meta not in _costs and measure:
+        with turn.build():
+            names = [block.name for block in skeleton.blocks]
+            cost = measure_cost(meta.module, names, skeleton.decoder_blocks)
+            if cost is None and meta.dtype != "bfloat16":
+                # Some kernels (grouped experts) exist on meta for bfloat16 alone; only the bytes an element differ.
+                other = skeleton.meta_model(FullPrecision(dtype="bfloat16"))
+                cost = measure_cost(other.module, names, skeleton.decoder_blocks)
+                cost = cost and cost.scaled(2 if meta.dtype == "float32" else 1)
+            _costs[meta] = cost
+    return _costs.get(meta)
+
+
+# --- accounting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Homes:
+    """Where things are kept and where they run, as accelerate's hooks have it.
+
+    Offloaded modules run on the first GPU of the map (without one, on the CPU), and their buffers stay there.
+    """
+
+    device_map: dict[str, DeviceId]
+    main: DeviceId
+    offloaded: frozenset[DeviceId]
+    unquantized: frozenset[DeviceId]  # devices on which bitsandbytes leaves modules alone
+
+    @classmethod
+    def of(cls, recipe: Recipe, device_map: dict[str, DeviceId], budgets: Mapping[DeviceId, int]) -> _Homes:
+        used = set(device_map.values())
+        gpus = [device for device in budgets if device in used and device not in ("cpu", "disk")]
+        slow: frozenset[DeviceId] = frozenset({"cpu", "disk"})
+        keeps = not isinstance(recipe.precision, FullPrecision) and recipe.precision.fp32_cpu_offload
+        return cls(
+            device_map=device_map,
+            main=gpus[0] if gpus else "cpu",
+            offloaded=slow if gpus else frozenset({"disk"}),
+            unquantized=slow if keeps else frozenset(),
+        )
+
+    def runs_on(self, device: DeviceId) -> DeviceId:
+        return self.main if device in self.offloaded else device
+
+
+def _place_block(block: Block, sizes: Sizes, homes: _Homes, weights: dict[DeviceId, int]) -> Layer:
+    """Account for a block; if its parts lie on several devices, the one with most of it stands for the block."""
+    whole = sizes.blocks[block.name]
+    pieces = sizes.parts_of(block.name) if any(n.startswith(f"{block.name}.") for n in homes.device_map) else [whole]
+    shares: dict[DeviceId | None, int] = {}
+    quantized = False
+    for piece in pieces:
+        device = device_of(piece.name, homes.device_map)
+        keep = device in homes.unquantized
+        parameters = piece.kept_bytes if keep else piece.parameter_bytes
+        quantized |= piece.quantized and not keep
+        shares[device] = shares.get(device, 0) + parameters + piece.buffer_bytes
+        if device is not None:
+            weights[device] += parameters
+            home = homes.runs_on(device)
+            weights[home] = weights.get(home, 0) + piece.buffer_bytes
+    return Layer(
+        name=block.name,
+        class_name=block.class_name,
+        device=max(shares, key=lambda d: shares[d]),
+        bytes_before=whole.before_bytes,
+        bytes_after=sum(shares.values()),
+        quantized=quantized,
+    )
+
+
+def _account(
+    draft: Placement, skeleton: Skeleton, sizes: Sizes, cost: Cost | None, limits: Mapping[DeviceId, int]
+) -> Placement:
+    """Fill in layers and memory."""
+    homes = _Homes.of(draft.recipe, draft.device_map, limits)
+    weights = dict.fromkeys(limits, 0)
+    layers = tuple(_place_block(block, sizes, homes, weights) for block in skeleton.blocks)
+    reserved = dict.fromkeys(limits, 0)
+    runs_on: dict[str, DeviceId] = {}
+    for layer in layers:
+        if layer.device is not None:
+            home = runs_on[layer.name] = homes.runs_on(layer.device)
+            if layer.device in homes.offloaded and home in reserved:
+                reserved[home] = max(reserved[home], layer.bytes_after)
+    cache, activations = _account_cost(draft.recipe.workload, skeleton, cost, runs_on)
+    return replace(
+        draft,
+        layers=layers,
+        memory={
+            device: DeviceMemory(
+                weight_bytes=weights[device],
+                kv_cache_bytes=None if cost is None else cache.get(device, 0),
+                activation_bytes=None if cost is None else activations.get(device, 0),
+                reserved_bytes=reserved[device],
+                limit_bytes=limit,
+                capacity_bytes=draft.machine.device(device).budget_bytes,
+            )
+            for device, limit in limits.items()
+        },
+        total_bytes=sum(layer.bytes_after for layer in layers),
+        kv_cache_bytes=None if cost is None else sum(cost.cache_bytes(draft.recipe.workload)),
+    )
+
+
+def _account_cost(
+    workload: Workload, skeleton: Skeleton, cost: Cost | None, runs_on: Mapping[str, DeviceId]
+) -> tuple[dict[DeviceId, int], dict[DeviceId, int]]:
+    """Return cache bytes and activation bytes for each device, where the layers run."""
+    cache: dict[DeviceId, int] = {}
+    activations: dict[DeviceId, int] = {}
+    if cost is None:
+        return cache, activations
+    shares = cost.cache_bytes(workload)
+    homes = [runs_on.get(name) for name in skeleton.decoder_blocks]
+    if len(shares) != len(homes):  # a cache that is not cut by layers goes where most layers run
+        shares, homes = (sum(shares),), [max(homes, key=homes.count, default=None)]
+    for share, home in zip(shares, homes, strict=True):
+        if home is not None:
+            cache[home] = cache.get(home, 0) + share
+    for name, peak in cost.activation_bytes(workload).items():
+        if name in runs_on:
+            activations[runs_on[name]] = max(activations.get(runs_on[name], 0), peak)
+    return cache, activations

@@ -1,0 +1,236 @@
+"""In which precision the weights are kept: the options of each method and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from workbench.model import refuses_unknown
+
+DTYPES = ("float32", "bfloat16", "float16")
+_BLOCK = 64  # weights that share one absmax in bitsandbytes' 4-bit formats
+_NESTED_BLOCK = 256  # absmax values that share one nested absmax under double quantization
+_CODE_BYTES = 16 * 4  # the 16 float32 values that a 4-bit number can mean
+_NESTED_CODE_BYTES = 256 * 4
+
+
+def _check_skip_modules(precision: Any) -> None:
+    skip = precision.skip_modules
+    if isinstance(skip, str) or not all(isinstance(name, str) and name for name in skip):
+        raise ValueError(f"skip_modules is a sequence of module names such as ('lm_head',), not {skip!r}.")
+    object.__setattr__(precision, "skip_modules", tuple(skip))
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+@refuses_unknown
+@dataclass(frozen=True, kw_only=True)
+class FullPrecision:
+    """Weights as they are, in one floating-point type.
+
+    Attributes:
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: as the checkpoint states it.
+    """
+
+    method: ClassVar[str] = "full"
+    package: ClassVar[str | None] = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the dtype.
+
+        Raises:
+            ValueError: If the dtype is none of the four.
+        """
+        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
+
+    @property
+    def label(self) -> str:
+        """A few words for a title."""
+        return "full precision" if self.dtype == "auto" else self.dtype
+
+    def dtype_of(self, model_dtype: str) -> str:
+        """What the weights that are not quantized are kept in, for a model whose own dtype this is."""
+        return model_dtype if self.dtype == "auto" else self.dtype
+
+    def to_config(self, model_dtype: str) -> Any | None:  # noqa: ARG002 - the signature that every precision has
+        """Nothing is quantized, so there is no quantization config."""
+        return None
+
+    def to_python(self, model_dtype: str) -> list[str]:  # noqa: ARG002 - likewise
+        """No lines: an exported program needs no quantization config."""
+        return []
+
+
+@refuses_unknown
+@dataclass(frozen=True, kw_only=True)
+class Int8:
+    """LLM.int8() by bitsandbytes: linear weights in 8 bits, outlier columns multiplied in 16.
+
+    Attributes:
+        threshold: Activations beyond this magnitude are multiplied in 16 bits; 0 switches that off.
+        skip_modules: Modules to leave alone, by name or part of a name. Empty means transformers' own choice: the
+            output head and tied weights. Names given here REPLACE that choice, so name ``"lm_head"`` too.
+        fp32_cpu_offload: Allow modules on the CPU or disk beside quantized ones on a GPU; they are not quantized.
+    """
+
+    method: ClassVar[str] = "int8"
+    package: ClassVar[str | None] = "bitsandbytes"
+    threshold: float = 6.0
+    skip_modules: tuple[str, ...] = ()
+    fp32_cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or not 0 <= self.threshold <= 20:
+            raise ValueError(f"threshold is a number from 0 to 20 (6.0 is usual), not {self.threshold!r}.")
+        object.__setattr__(self, "threshold", float(self.threshold))
+        _check_skip_modules(self)
+
+    @property
+    def label(self) -> str:
+        """A few words for a title."""
+        return "int8"
+
+    def dtype_of(self, model_dtype: str) -> str:
+        """What the weights that are not quantized are kept in: the model's own dtype."""
+        return model_dtype
+
+    def to_config(self, model_dtype: str) -> Any:  # noqa: ARG002 - the signature that every precision has
+        """The ``transformers.BitsAndBytesConfig`` of these options."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_threshold=self.threshold,
+            llm_int8_skip_modules=list(self.skip_modules) or None,
+            llm_int8_enable_fp32_cpu_offload=self.fp32_cpu_offload,
+        )
+
+    def to_python(self, model_dtype: str) -> list[str]:  # noqa: ARG002 - likewise
+        """The same config as lines of Python, for an exported program."""
+        return _bitsandbytes_lines(self, ["load_in_8bit=True", f"llm_int8_threshold={self.threshold!r}"])
+
+    def quantized_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of one quantized weight of ``shape`` (out, in): the int8 values and a float32 scale per row."""
+        rows, columns = shape
+        return rows * columns + 4 * rows
+
+
+@refuses_unknown
+@dataclass(frozen=True, kw_only=True)
+class FourBit:
+    """Linear weights in 4 bits by bitsandbytes, in blocks of 64 that share one scale.
+
+    Attributes:
+        quant_type: ``"nf4"`` (for normally distributed weights, the usual choice) or ``"fp4"``.
+        double_quant: Quantize the scales as well: 0.4 bits less for each weight.
+        compute_dtype: The type to multiply in; ``"auto"`` is the model's own.
+        skip_modules: As in :class:`Int8`.
+        fp32_cpu_offload: As in :class:`Int8`.
+    """
+
+    method: ClassVar[str] = "4bit"
+    package: ClassVar[str | None] = "bitsandbytes"
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    compute_dtype: str = "auto"
+    skip_modules: tuple[str, ...] = ()
+    fp32_cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        _check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
+        _check_choice("compute_dtype", self.compute_dtype, ("auto", *DTYPES))
+        _check_skip_modules(self)
+
+    @property
+    def label(self) -> str:
+        """A few words for a title."""
+        return self.quant_type + (" + double quantization" if self.double_quant else "")
+
+    def dtype_of(self, model_dtype: str) -> str:
+        """What the weights that are not quantized are kept in: the model's own dtype."""
+        return model_dtype
+
+    def to_config(self, model_dtype: str) -> Any:
+        """The ``transformers.BitsAndBytesConfig`` of these options.
+
+        Args:
+            model_dtype: What ``compute_dtype="auto"`` becomes, e.g. ``"bfloat16"``.
+        """
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=model_dtype if self.compute_dtype == "auto" else self.compute_dtype,
+            llm_int8_skip_modules=list(self.skip_modules) or None,
+            llm_int8_enable_fp32_cpu_offload=self.fp32_cpu_offload,
+        )
+
+    def to_python(self, model_dtype: str) -> list[str]:
+        """The same config as lines of Python, for an exported program."""
+        compute_dtype = model_dtype if self.compute_dtype == "auto" else self.compute_dtype
+        options = [
+            "load_in_4bit=True",
+            f'bnb_4bit_quant_type="{self.quant_type}"',
+            f"bnb_4bit_use_double_quant={self.double_quant}",
+            f"bnb_4bit_compute_dtype=torch.{compute_dtype}",
+        ]
+        return _bitsandbytes_lines(self, options)
+
+    def quantized_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of one quantized weight of ``shape`` (out, in): packed values, scales and look-up tables."""
+        weights = math.prod(shape)
+        blocks = math.ceil(weights / _BLOCK)
+        packed = math.ceil(weights / 2) + _CODE_BYTES
+        if not self.double_quant:
+            return packed + 4 * blocks
+        return packed + blocks + 4 * math.ceil(blocks / _NESTED_BLOCK) + _NESTED_CODE_BYTES + 4
+
+
+def _bitsandbytes_lines(precision: Int8 | FourBit, options: list[str]) -> list[str]:
+    if precision.skip_modules:
+        options.append(f"llm_int8_skip_modules={list(precision.skip_modules)!r}")
+    if precision.fp32_cpu_offload:
+        options.append("llm_int8_enable_fp32_cpu_offload=True")
+    return ["quantization_config = BitsAndBytesConfig(", *(f"    {option}," for option in options), ")"]
+
+
+Precision = FullPrecision | Int8 | FourBit
+PRECISIONS: dict[str, type[Precision]] = {cls.method: cls for cls in (FullPrecision, Int8, FourBit)}
+
+
+def precision_to_dict(precision: Precision) -> dict[str, Any]:
+    """Plain data for a recipe's JSON: the method and its options."""
+    options = {field.name: getattr(precision, field.name) for field in fields(precision)}
+    return {"method": precision.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}}
+
+
+def precision_from_dict(data: dict[str, Any]) -> Precision:
+    """The inverse of :func:`precision_to_dict`.
+
+    Raises:
+        ValueError: If the method is unknown or an option is out of range.
+        TypeError: If there is an unknown option.
+    """
+    options = dict(data)
+    method = options.pop("method", None)
+    if method not in PRECISIONS:
+        raise ValueError(f"precision.method is one of {', '.join(map(repr, PRECISIONS))}, not {method!r}.")
+    return PRECISIONS[method](**options)

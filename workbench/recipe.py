@@ -1,0 +1,247 @@
+"""All the choices and no results: frozen, saved as JSON, printed as plain Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from workbench.hardware import DeviceId, parse_bytes
+from workbench.model import ModelRef, refuses_unknown
+from workbench.precision import FourBit, FullPrecision, Int8, Precision, precision_from_dict, precision_to_dict
+from workbench.workload import Workload
+
+if TYPE_CHECKING:
+    from workbench.placement import Placement
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "custom")
+_VERSION = 1
+
+
+def _device_key(key: Any) -> DeviceId:
+    """Return a device as ``max_memory`` spells it; JSON and people write 0 as "0" or "cuda:0"."""
+    if isinstance(key, str):
+        text = key.strip().lower().removeprefix("cuda:")
+        return int(text) if text.isdecimal() else text
+    if isinstance(key, int) and not isinstance(key, bool):
+        return key
+    raise ValueError(f"A device is a GPU's number, 'mps', 'cpu' or 'disk', not {key!r}.")
+
+
+@refuses_unknown
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All the choices of one load, and no results.
+
+    Attributes:
+        model: ``"demo"``, a folder, ``"org/name"``, ``"org/name@revision"`` or a :class:`ModelRef`; kept as the latter.
+        precision: :class:`FullPrecision`, :class:`Int8` or :class:`FourBit`.
+        strategy: How modules are spread: ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"`` as
+            accelerate names them, or ``"custom"`` with a ``device_map``.
+        max_memory: The budget for each device: bytes, or text such as ``"20GiB"``. A device left out is not used. None
+            is what is free when it is asked, less each device's named reserve, and never the disk.
+        device_map: Only for ``"custom"``: module name to device (0, 1, ..., ``"mps"``, ``"cpu"``, ``"disk"``).
+        workload: What the KV cache and the activations are for.
+    """
+
+    model: ModelRef = field(default_factory=lambda: ModelRef(name="demo"))
+    precision: Precision = field(default_factory=FullPrecision)
+    strategy: str = "auto"
+    max_memory: Mapping[DeviceId, int | str] | None = None
+    device_map: Mapping[str, DeviceId] | None = None
+    workload: Workload = field(default_factory=Workload)
+
+    def __post_init__(self) -> None:
+        """Check the choices as far as they can be checked without the model and the machine.
+
+        Raises:
+            ValueError: If a choice cannot be meant; the sentence says what to do.
+        """
+        put = object.__setattr__
+        put(self, "model", ModelRef.parse(self.model))
+        if not isinstance(self.precision, (FullPrecision, Int8, FourBit)):
+            raise ValueError(f"precision is FullPrecision(), Int8() or FourBit(), not {self.precision!r}.")  # noqa: TRY004 - one kind of error for bad input
+        if not isinstance(self.workload, Workload):
+            raise ValueError(f"workload is Workload(context_length=..., batch_size=...), not {self.workload!r}.")  # noqa: TRY004 - likewise
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy is one of {', '.join(map(repr, STRATEGIES))}, not {self.strategy!r}.")
+        if self.max_memory is not None:
+            if not isinstance(self.max_memory, Mapping) or not self.max_memory:
+                raise ValueError('max_memory is a dict such as {0: "10GiB", "cpu": "20GiB"}, or None for what is free.')
+            budgets = {_device_key(key): value for key, value in self.max_memory.items()}
+            for value in budgets.values():
+                parse_bytes(value)
+            put(self, "max_memory", MappingProxyType(budgets))
+        if self.device_map is not None:
+            if self.strategy != "custom":
+                raise ValueError(f'A device_map needs strategy="custom"; with {self.strategy!r} it would be ignored.')
+            if not isinstance(self.device_map, Mapping) or not self.device_map:
+                raise ValueError('device_map is a dict such as {"model.layers.0": 0, "lm_head": "cpu"}.')
+            put(self, "device_map", MappingProxyType({str(k): _device_key(v) for k, v in self.device_map.items()}))
+        elif self.strategy == "custom":
+            raise ValueError('strategy="custom" needs a device_map: module name to device.')
+
+    def with_(self, **changes: Any) -> Recipe:
+        """A copy with some choices changed.
+
+        Raises:
+            TypeError: If a choice is unknown; the valid ones are listed.
+            ValueError: If a choice cannot be meant.
+        """
+        current = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Recipe(**{**current, **changes})
+
+    def to_json(self) -> str:
+        """Versioned JSON, the same text for equal recipes."""
+        return json.dumps(
+            {
+                "workbench_recipe": _VERSION,
+                "model": {f.name: getattr(self.model, f.name) for f in fields(self.model)},
+                "precision": precision_to_dict(self.precision),
+                "strategy": self.strategy,
+                "max_memory": None if self.max_memory is None else {str(k): v for k, v in self.max_memory.items()},
+                "device_map": None if self.device_map is None else dict(self.device_map),
+                "workload": {f.name: getattr(self.workload, f.name) for f in fields(self.workload)},
+            },
+            indent=2,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: If the text is no recipe, or one of a later version.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"This is no recipe: it is no JSON (line {error.lineno}: {error.msg}).") from None
+        if not isinstance(data, dict) or "workbench_recipe" not in data:
+            raise ValueError('This JSON is no recipe: it has no "workbench_recipe" version.')
+        version = data.pop("workbench_recipe")
+        if version != _VERSION:
+            raise ValueError(f"This recipe has version {version!r}, this Workbench reads {_VERSION}: update Workbench.")
+        try:
+            data["model"] = ModelRef(**data["model"])
+            data["precision"] = precision_from_dict(data["precision"])
+            data["workload"] = Workload(**data["workload"])
+            return cls(**data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"This recipe cannot be read: {error}") from None
+
+    def to_python(self, placement: Placement | None = None) -> str:
+        """Plain transformers code that loads the same model in the same way, without Workbench.
+
+        Args:
+            placement: Write this placement's own device map; None writes the strategy and ``max_memory``, which the
+                machine that runs the code then turns into a map.
+
+        Returns:
+            A Python program.
+        """
+        return _write_python(self, placement)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        """Pickle and deep-copy through JSON: a mapping proxy can do neither."""
+        return Recipe.from_json, (self.to_json(),)
+
+    def __hash__(self) -> int:
+        """Equal recipes hash alike."""
+        return hash(self.to_json())
+
+
+# --- the exported program ---------------------------------------------------------------------------------------------
+
+
+def _write_python(recipe: Recipe, placement: Placement | None) -> str:
+    from workbench.skeleton import read_skeleton
+
+    skeleton = read_skeleton(recipe.model)
+    source, ref, precision = skeleton.source, recipe.model, recipe.precision
+    dtype = precision.dtype_of(skeleton.dtype)
+    quantization = precision.to_python(dtype)
+    device_map = recipe.device_map if placement is None else placement.device_map
+    memory = None if recipe.max_memory is None else dict(recipe.max_memory)
+
+    common = ["MODEL"]
+    if ref.revision:
+        common.append(f"revision={ref.revision!r}")
+    if ref.trust_remote_code:
+        common.append("trust_remote_code=True")
+    arguments = [*common, f"dtype=torch.{dtype}", "device_map=device_map"]
+    if not ref.allow_pickle:
+        arguments.append("use_safetensors=True")
+    if device_map is None:
+        map_lines = [f'device_map = "{recipe.strategy}"']
+        if memory is not None:
+            arguments.append(f"max_memory={memory!r}")
+    else:
+        asked = f'From strategy "{recipe.strategy}"' + ("" if memory is None else f" with max_memory={memory!r}")
+        map_lines = [*([] if recipe.strategy == "custom" else [f"# {asked}."]), *_write_map(device_map)]
+    if quantization:
+        arguments.append("quantization_config=quantization_config")
+    if "disk" in (memory or {} if device_map is None else device_map.values()):
+        arguments.append('offload_folder="offload"')
+
+    lines = [
+        f"# {source.title}, {precision.label}.",
+        "# pip install torch transformers accelerate" + (f" {precision.package}" if precision.package else ""),
+        *(["import logging", ""] if precision.method == "int8" else []),
+        "import torch",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if quantization else ''}",
+        "",
+        f"MODEL = {source.location!r}",
+        "",
+    ]
+    if precision.method == "int8":
+        lines += [
+            "# bitsandbytes logs a line for every layer of every token when it casts to float16.",
+            'logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)',
+            "",
+        ]
+    lines += [
+        *quantization,
+        *map_lines,
+        "",
+        "model = AutoModelForCausalLM.from_pretrained(",
+        *(f"    {argument}," for argument in arguments),
+        ")",
+        f"tokenizer = AutoTokenizer.from_pretrained({', '.join(common)})",
+        "",
+        'prompt = "What is the capital of France?"',
+        "if tokenizer.chat_template:",
+        '    prompt = [{"role": "user", "content": prompt}]',
+        "    options = dict(add_generation_prompt=True, return_dict=True)",
+        '    inputs = tokenizer.apply_chat_template(prompt, return_tensors="pt", **options)',
+        "else:",
+        '    inputs = tokenizer(prompt, return_tensors="pt")',
+        "output = model.generate(**inputs.to(model.device), max_new_tokens=64, do_sample=False)",
+        'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _write_map(device_map: Mapping[str, DeviceId]) -> list[str]:
+    """A device map as Python, with runs of numbered layers on one device written as ranges."""
+    lines = ["device_map = {"]
+    items = list(device_map.items())
+    at = 0
+    while at < len(items):
+        name, device = items[at]
+        prefix, _, number = name.rpartition(".")
+        end = at + 1
+        if number.isdecimal():
+            while end < len(items) and items[end] == (f"{prefix}.{int(number) + end - at}", device):
+                end += 1
+        if end - at > 2:
+            first, last = int(number), int(number) + end - at
+            lines.append(f'    **{{f"{prefix}.{{i}}": {device!r} for i in range({first}, {last})}},')
+        else:
+            end = at + 1
+            lines.append(f"    {name!r}: {device!r},")
+        at = end
+    return [*lines, "}"]

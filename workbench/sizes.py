@@ -1,0 +1,255 @@
+"""How many bytes each tensor takes in the model's own dtype and in the chosen precision.
+
+Looks at what ``from_pretrained`` keeps in float32, which is not transformers' public API; tests/test_sizes.py compares
+the bytes with those of loaded models.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workbench.precision import FourBit, FullPrecision, Int8
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from workbench.hardware import DeviceId
+    from workbench.precision import Precision
+    from workbench.skeleton import MetaModel, Skeleton
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSize:
+    """One tensor that is really there after the load (tied copies are not)."""
+
+    name: str
+    before_bytes: int
+    after_bytes: int
+    kept_bytes: int  # if its module is left out of the quantization because it is offloaded
+    is_buffer: bool
+    quantized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Sums over the tensors of a block or of a part of it; buffers apart because they stay where the block runs."""
+
+    name: str
+    before_bytes: int
+    parameter_bytes: int
+    kept_bytes: int
+    buffer_bytes: int
+    quantized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of a model's tensors in one precision.
+
+    Attributes:
+        tensors: All that are really there after a load.
+        block_of: Tensor name to the name of the block that it belongs to.
+        blocks: Block name to its sums.
+        module_names: The names that a device map may use.
+    """
+
+    tensors: tuple[TensorSize, ...]
+    block_of: dict[str, str]
+    blocks: dict[str, Piece]
+    module_names: frozenset[str]
+
+    def parts_of(self, block: str) -> list[Piece]:
+        """A block tensor by tensor, for maps that cut through it."""
+        return [_piece(t.name, [t]) for t in self.tensors if self.block_of[t.name] == block]
+
+
+_sizes: weakref.WeakKeyDictionary[MetaModel, Sizes] = weakref.WeakKeyDictionary()
+
+
+def sizes_of(skeleton: Skeleton, precision: Precision) -> Sizes:
+    """Sizes of every tensor of a model in a precision, worked out once.
+
+    Raises:
+        ValueError: If the precision's library is missing.
+    """
+    meta = skeleton.meta_model(precision)
+    if meta not in _sizes:
+        _sizes[meta] = _add_up(skeleton, meta, precision)
+    return _sizes[meta]
+
+
+def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
+    original = skeleton.meta_model(FullPrecision())
+    before = {name: tensor.nbytes for name, tensor in _named_tensors(original.module)}
+    upcast = _upcast_parameters(meta)
+    tensors = []
+    for name, tensor in _named_tensors(meta.module):
+        if name in skeleton.tied:
+            continue
+        is_buffer = not _is_parameter(tensor)
+        quantized = (
+            not is_buffer
+            and meta.quantizer is not None
+            and meta.quantizer.param_needs_quantization(meta.module, name)
+            and isinstance(precision, (Int8, FourBit))
+        )
+        kept = tensor.numel() * (4 if name in upcast else tensor.element_size())
+        after = precision.quantized_bytes(tuple(tensor.shape)) if quantized else kept  # type: ignore[union-attr]
+        tensors.append(
+            TensorSize(
+                name=name,
+                before_bytes=before.get(name, kept),
+                after_bytes=after,
+                kept_bytes=kept,
+                is_buffer=is_buffer,
+                quantized=quantized,
+            )
+        )
+    names = {block.name for block in skeleton.blocks}
+    block_of = {t.name: nearest(t.name, names) or skeleton.blocks[0].name for t in tensors}
+    grouped: dict[str, list[TensorSize]] = {block.name: [] for block in skeleton.blocks}
+    for t in tensors:
+        grouped[block_of[t.name]].append(t)
+    blocks = {name: _piece(name, group) for name, group in grouped.items()}
+    modules = frozenset(name for name, _ in meta.module.named_modules())
+    return Sizes(tensors=tuple(tensors), block_of=block_of, blocks=blocks, module_names=modules)
+
+
+def _piece(name: str, tensors: list[TensorSize]) -> Piece:
+    return Piece(
+        name=name,
+        before_bytes=sum(t.before_bytes for t in tensors),
+        parameter_bytes=sum(t.after_bytes for t in tensors if not t.is_buffer),
+        kept_bytes=sum(t.kept_bytes for t in tensors if not t.is_buffer),
+        buffer_bytes=sum(t.after_bytes for t in tensors if t.is_buffer),
+        quantized=any(t.quantized for t in tensors),
+    )
+
+
+def _named_tensors(module: Any) -> Iterator[tuple[str, Any]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _is_parameter(tensor: Any) -> bool:
+    import torch
+
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def _upcast_parameters(meta: MetaModel) -> frozenset[str]:
+    """Names of the parameters that ``from_pretrained`` keeps in float32 whatever dtype is asked for."""
+    import torch
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = meta.module._get_dtype_plan(getattr(torch, meta.dtype))  # noqa: SLF001 - see the module's docstring
+    if not plan:
+        return frozenset()
+    pattern = build_glob_alternation(list(plan))[0]
+    return frozenset(name for name, _ in meta.module.named_parameters() if pattern.search(name))
+
+
+def nearest(name: str, candidates: Mapping[str, Any] | set[str]) -> str | None:
+    """The longest of the candidates that is the name itself or a module around it; the root is ``""``."""
+    while name not in candidates:
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+    return name
+
+
+def device_of(name: str, device_map: Mapping[str, DeviceId]) -> DeviceId | None:
+    """Where a map puts a module or tensor; None if it says nothing about it."""
+    key = nearest(name, device_map)
+    return None if key is None else device_map[key]
+
+
+def smaller_precisions(skeleton: Skeleton, current: Precision) -> list[tuple[str, int]]:
+    """Total weight bytes under the precisions that are smaller than the current one, from the shapes alone."""
+    if isinstance(current, FourBit):
+        return []
+    module = skeleton.meta_model(FullPrecision()).module
+    convertible = {f"{name}.weight" for name in skeleton.linear_modules if name not in skeleton.default_skips}
+    found = []
+    for precision in (Int8(), FourBit()) if isinstance(current, FullPrecision) else (FourBit(),):
+        size = sum(
+            precision.quantized_bytes(tuple(tensor.shape)) if name in convertible else tensor.nbytes
+            for name, tensor in _named_tensors(module)
+            if name not in skeleton.tied
+        )
+        found.append((precision.label, size))
+    return found
+
+
+# --- after a load --------------------------------------------------------------------------------------------------
+
+
+def measure_weights(model: Any) -> dict[DeviceId, int]:
+    """Add up the tensors that a loaded model really holds, quantization state included, each storage once.
+
+    Args:
+        model: A loaded ``transformers`` model, with or without accelerate's offload hooks.
+
+    Returns:
+        Device, as ``max_memory`` spells it, to bytes. Before the first forward: some backends repack then.
+    """
+    import torch
+
+    sizes: dict[DeviceId, int] = {}
+    seen: set[Any] = set()
+
+    def add(tensor: Any, home: DeviceId) -> None:
+        identity = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if identity not in seen and tensor.numel():
+            seen.add(identity)
+            sizes[home] = sizes.get(home, 0) + tensor.numel() * tensor.element_size()
+
+    offloaded_tied: set[str] = set()
+    tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in own:
+            full_name = prefix + name
+            if tensor.is_meta:
+                if full_name in tied or full_name in offloaded_tied:
+                    continue  # the same bytes in the same place as the tensor that it is tied to
+                offloaded_tied.add(full_name)
+                add(tensor, _offloaded_to(module, name))
+                continue
+            add(tensor, _device_id(tensor.device))
+            for extra in _quantization_state(tensor):
+                if isinstance(extra, torch.Tensor):
+                    add(extra, _device_id(extra.device))
+    return sizes
+
+
+def _quantization_state(parameter: Any) -> Iterator[Any]:
+    """The tensors that bitsandbytes keeps beside a quantized weight."""
+    yield getattr(parameter, "SCB", None)
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        nested = getattr(state, "state2", None)
+        yield from (state.absmax, state.code, getattr(state, "offset", None))
+        if nested is not None:
+            yield from (nested.absmax, nested.code)
+
+
+def _offloaded_to(module: Any, name: str) -> DeviceId:
+    """Where accelerate keeps a parameter of which the model itself has only the shape."""
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    prefix = ""
+    while weights is not None and hasattr(weights, "dataset"):
+        prefix += weights.prefix
+        weights = weights.dataset
+    if weights is not None and prefix + name in getattr(weights, "state_dict", {}):
+        return "cpu"
+    return "disk"
+
+
+def _device_id(device: Any) -> DeviceId:
+    if device.type == "cuda":
+        return int(device.index or 0)
+    return str(device.type)

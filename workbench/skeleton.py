@@ -1,0 +1,375 @@
+"""The model's module tree, built from its config on the ``meta`` device: names, shapes and dtypes, no weights."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from workbench.model import ModelRef, Source, find_model, read_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workbench.precision import Precision
+
+_KEPT = 8  # skeletons, and quantized variants of them, that stay in memory
+
+
+class _Turn:
+    """Whose turn it is to rely on, or to change, torch's process-wide default dtype.
+
+    ``from_pretrained`` builds a model under a changed default dtype, and so must we, to get the same dtypes. The
+    default belongs to the whole process: a forward pass in another thread would meet it. So building waits for a pause
+    of the long work (one token, one loaded tensor), and long work waits while a skeleton is built.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._changed = threading.Condition()
+        self._waiting = 0
+
+    @contextmanager
+    def build(self) -> Iterator[None]:
+        """Take the next turn for a short build."""
+        with self._changed:
+            self._waiting += 1
+        self._lock.acquire()
+        with self._changed:
+            self._waiting -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Keep the turn for long work that calls :meth:`pause` now and then."""
+        with self._lock:
+            yield
+
+    def pause(self) -> None:
+        """Let those who wait to build go first; call it only while holding :meth:`work` once."""
+        if self._waiting:
+            self._lock.release()
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting == 0)
+            self._lock.acquire()
+
+
+turn = _Turn()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One step of the model in execution order: a decoder layer, an embedding, a norm or a head.
+
+    Attributes:
+        name: Module name, as device maps spell it.
+        class_name: Its class, e.g. ``"LlamaDecoderLayer"``.
+    """
+
+    name: str
+    class_name: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Skeleton:
+    """What is known of a model without its weights.
+
+    Attributes:
+        source: Where the model was found.
+        architecture: The class that will be loaded, e.g. ``"LlamaForCausalLM"``.
+        model_type: As the config says, e.g. ``"llama"``.
+        dtype: What ``dtype="auto"`` resolves to, e.g. ``"bfloat16"``.
+        parameter_count: Parameters, tied ones once.
+        layer_count: Decoder layers.
+        context_length: Tokens that the model allows, or None if the config does not say.
+        blocks: The steps in execution order that hold any tensor; no device map cuts through one.
+        decoder_blocks: Names of those blocks that are decoder layers, in order.
+        linear_modules: Names of all linear modules, for choosing ``skip_modules``.
+        default_skips: The modules that transformers leaves alone by itself (the head, tied weights).
+        tied: Name of a tied parameter to the name of the one that holds the data.
+        no_split_classes: Module classes that must stay on one device.
+        config: The ``transformers`` config. Do not change it.
+        model_class: The ``transformers`` class.
+    """
+
+    source: Source
+    architecture: str
+    model_type: str
+    dtype: str
+    parameter_count: int
+    layer_count: int
+    context_length: int | None
+    blocks: tuple[Block, ...]
+    decoder_blocks: tuple[str, ...]
+    linear_modules: tuple[str, ...]
+    default_skips: tuple[str, ...]
+    tied: dict[str, str]
+    no_split_classes: frozenset[str]
+    config: Any = field(repr=False)
+    model_class: Any = field(repr=False)
+    _variants: OrderedDict[Any, MetaModel] = field(default_factory=OrderedDict, repr=False)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weight files to load, or only a config."""
+        return bool(self.source.weight_files)
+
+    def meta_model(self, precision: Precision) -> MetaModel:
+        """The module tree that ``from_pretrained`` would fill for a precision; built once for each.
+
+        Raises:
+            ValueError: If the precision's library is missing.
+        """
+        with turn.build():
+            if precision not in self._variants:
+                self._variants[precision] = _build(self, precision)
+                while len(self._variants) > _KEPT:
+                    self._variants.popitem(last=False)
+            self._variants.move_to_end(precision)
+            return self._variants[precision]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MetaModel:
+    """A module tree on the ``meta`` device, with the quantizer that changed it (None in full precision)."""
+
+    module: Any
+    quantizer: Any | None
+    dtype: str
+
+
+_skeletons: OrderedDict[tuple[ModelRef, str], Skeleton] = OrderedDict()
+
+
+def read_skeleton(ref: ModelRef | str) -> Skeleton:
+    """Build the skeleton of a model from its config; kept for the next call while the files do not change.
+
+    Args:
+        ref: The model, as :meth:`ModelRef.parse` reads it.
+
+    Raises:
+        ValueError: If there is no such model, or its config describes none that generates text.
+    """
+    ref = ModelRef.parse(ref)
+    source = find_model(ref)
+    key = (ref, source.fingerprint)
+    with turn.build():
+        if key not in _skeletons:
+            _skeletons[key] = _read(source)
+            while len(_skeletons) > _KEPT:
+                _skeletons.popitem(last=False)
+        _skeletons.move_to_end(key)
+        return _skeletons[key]
+
+
+def _read(source: Source) -> Skeleton:
+    config = read_config(source)
+    model_class, config = _causal_lm_class(config, source)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise ValueError(
+            f"{source.title} is already quantized ({method}), which this version can neither preview nor load; "
+            "pick the original model."
+        )
+    dtype = _checkpoint_dtype(config, source)
+    try:
+        meta = _build_meta(model_class, config, dtype)
+    except Exception as error:  # the model's own code may raise anything on a config that contradicts itself
+        raise ValueError(
+            f"The config of {source.title} describes no {model_class.__name__} that can be built: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    module = meta.module
+    no_split = frozenset(getattr(module, "_no_split_modules", None) or ())
+    blocks = _blocks(module, no_split)
+    text_config = config.get_text_config(decoder=True)
+    tied = dict(getattr(module, "all_tied_weights_keys", {}) or {})
+    linear = tuple(name for name, child in module.named_modules() if _is_linear(child))
+    return Skeleton(
+        source=source,
+        architecture=model_class.__name__,
+        model_type=config.model_type,
+        dtype=meta.dtype,
+        parameter_count=sum(p.numel() for name, p in module.named_parameters() if name not in tied),
+        layer_count=int(getattr(text_config, "num_hidden_layers", 0) or 0),
+        context_length=_context_length(text_config),
+        blocks=blocks,
+        decoder_blocks=_decoder_blocks(module, blocks),
+        linear_modules=linear,
+        default_skips=_default_skips(module, linear),
+        tied=tied,
+        no_split_classes=no_split,
+        config=config,
+        model_class=model_class,
+    )
+
+
+def _causal_lm_class(config: Any, source: Source) -> tuple[Any, Any]:
+    """Return the class that ``AutoModelForCausalLM`` would load and the config that it would give it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    auto_map = getattr(config, "auto_map", None) or {}
+    if "AutoModelForCausalLM" in auto_map and source.trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        reference = auto_map["AutoModelForCausalLM"]
+        return get_class_from_dynamic_module(reference, source.location, revision=source.revision), config
+    try:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise ValueError(
+            f"{source.title} is of type {config.model_type!r}, which is no causal language model: Workbench loads "
+            "models that continue text (Llama, Qwen, Mistral, GPT-2, ...)."
+        ) from None
+    model_class = found[0] if isinstance(found, (tuple, list)) else found
+    text_class = config.sub_configs.get("text_config")
+    if text_class is not None and getattr(model_class, "config_class", None) == text_class:
+        quantized = getattr(config, "quantization_config", None)
+        config = config.get_text_config()
+        if quantized is not None:
+            config.quantization_config = quantized
+    return model_class, config
+
+
+def _checkpoint_dtype(config: Any, source: Source) -> str:
+    """Return what ``dtype="auto"`` resolves to: the config's word, else the first floating tensor of the checkpoint."""
+    if getattr(config, "dtype", None) is not None:
+        return str(config.dtype).removeprefix("torch.")
+    safetensors = [f.name for f in source.weight_files if f.name.endswith(".safetensors")]
+    if safetensors:
+        dtype = _first_floating_dtype(source, safetensors[0])
+        if dtype is not None:
+            return dtype
+    return "float32"
+
+
+def _first_floating_dtype(source: Source, file_name: str) -> str | None:
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    if source.is_local:
+        from pathlib import Path
+
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(Path(source.location) / file_name), framework="pt") as file:
+                dtypes = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118 - it is no dict
+        except (SafetensorError, OSError):
+            return None  # reported when the weights are to be read
+    else:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
+
+        try:
+            header = HfApi().parse_safetensors_file_metadata(source.location, file_name, revision=source.revision)
+        except (HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError, OSError):
+            return None
+        dtypes = [header.tensors[key].dtype for key in sorted(header.tensors)]
+    return next((names[dtype] for dtype in dtypes if dtype in names), None)
+
+
+def _build(skeleton: Skeleton, precision: Precision) -> MetaModel:
+    import importlib.util
+
+    if precision.package is not None and importlib.util.find_spec(precision.package) is None:
+        raise ValueError(
+            f"{precision.label} needs {precision.package}: run `pip install {precision.package}`, then restart."
+        )
+    dtype = precision.dtype_of(skeleton.dtype)
+    return _build_meta(skeleton.model_class, skeleton.config, dtype, precision.to_config(dtype))
+
+
+def _build_meta(model_class: Any, config: Any, dtype: str, quantization_config: Any | None = None) -> MetaModel:
+    """Build a module tree as ``from_pretrained`` does just before it reads weights."""
+    import torch
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    config = copy.deepcopy(config)
+    torch_dtype = getattr(torch, dtype)
+    quantizer = None
+    if quantization_config is not None:
+        config.quantization_config = quantization_config
+        quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+        torch_dtype = quantizer.update_dtype(torch_dtype)
+    config.dtype = torch_dtype
+    for key in config.sub_configs:
+        sub_config = getattr(config, key, None)
+        if sub_config is not None:
+            sub_config.dtype = torch_dtype
+    with ExitStack() as stack:
+        for context in model_class.get_init_context(torch_dtype, quantizer is not None, False, False):
+            stack.enter_context(context)
+        module = model_class(config)
+        if quantizer is not None:
+            quantizer.preprocess_model(
+                model=module, dtype=torch_dtype, device_map=None, checkpoint_files=None, use_kernels=False
+            )
+    module.eval()
+    return MetaModel(module=module, quantizer=quantizer, dtype=str(torch_dtype).removeprefix("torch."))
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether a module is one of those that the quantizers look for: exactly these classes, not their subclasses."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def _default_skips(module: Any, linear: tuple[str, ...]) -> tuple[str, ...]:
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    keys = set(get_keys_to_not_convert(module))
+    return tuple(name for name in linear if name in keys)
+
+
+def _context_length(config: Any) -> int | None:
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _blocks(module: Any, no_split: frozenset[str]) -> tuple[Block, ...]:
+    """Cut the tree into the pieces that stay whole, in the order in which they are registered and run."""
+    from torch import nn
+
+    found: list[Block] = []
+
+    def visit(name: str, child: Any, *, in_list: bool) -> None:
+        class_name = type(child).__name__
+        children = list(child.named_children())
+        # Without a no-split list (some remote code) the members of a module list stand for the layers.
+        whole = class_name in no_split or not children or (not no_split and in_list)
+        if whole:
+            if _holds_tensors(child, recurse=True):
+                found.append(Block(name=name, class_name=class_name))
+            return
+        if name and _holds_tensors(child, recurse=False):
+            found.append(Block(name=name, class_name=class_name))  # tensors that hang on an inner node
+        for child_name, grandchild in children:
+            visit(f"{name}.{child_name}" if name else child_name, grandchild, in_list=isinstance(child, nn.ModuleList))
+
+    visit("", module, in_list=False)
+    return tuple(found)
+
+
+def _holds_tensors(module: Any, *, recurse: bool) -> bool:
+    return any(True for _ in module.parameters(recurse)) or any(True for _ in module.buffers(recurse))
+
+
+def _decoder_blocks(module: Any, blocks: tuple[Block, ...]) -> tuple[str, ...]:
+    """Return the blocks that are members of the longest module list: the decoder layers."""
+    from torch import nn
+
+    lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    members = [tuple(b.name for b in blocks if b.name.rpartition(".")[0] == name) for name in lists]
+    return max(members, key=len, default=())
