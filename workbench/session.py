@@ -551,7 +551,7 @@ class Session:
 
         future = worker().submit(run)
         try:
-            yield from streamer
+            yield from filter(None, streamer)
         except GeneratorExit:
             stop.set()
             raise

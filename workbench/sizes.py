@@ -83,7 +83,7 @@ def sizes_of(skeleton: Skeleton, precision: Precision) -> Sizes:
 def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
     original = skeleton.meta_model(FullPrecision())
     before = {name: tensor.nbytes for name, tensor in _named_tensors(original.module)}
-    upcast = _upcast_parameters(meta)
+    upcast = _upcast_tensors(meta)
     tensors = []
     for name, tensor in _named_tensors(meta.module):
         if name in skeleton.tied:
@@ -139,8 +139,11 @@ def _is_parameter(tensor: Any) -> bool:
     return isinstance(tensor, torch.nn.Parameter)
 
 
-def _upcast_parameters(meta: MetaModel) -> frozenset[str]:
-    """Names of the parameters that ``from_pretrained`` keeps in float32 whatever dtype is asked for."""
+def _upcast_tensors(meta: MetaModel) -> frozenset[str]:
+    """Names of the tensors that ``from_pretrained`` keeps in float32 whatever dtype is asked for.
+
+    Saved buffers are among them (DeepSeek's routers); what is not saved is not cast.
+    """
     import torch
     from transformers.core_model_loading import build_glob_alternation
 
@@ -148,7 +151,7 @@ def _upcast_parameters(meta: MetaModel) -> frozenset[str]:
     if not plan:
         return frozenset()
     pattern = build_glob_alternation(list(plan))[0]
-    return frozenset(name for name, _ in meta.module.named_parameters() if pattern.search(name))
+    return frozenset(name for name in meta.module.state_dict() if pattern.search(name))
 
 
 def nearest(name: str, candidates: Mapping[str, Any] | set[str]) -> str | None:

@@ -9,7 +9,7 @@ import ipywidgets as w
 from workbench.hardware import Machine
 from workbench.panels.code import CodePanel
 from workbench.panels.devices import DevicesPanel
-from workbench.panels.look import STYLE, classed, close_tree, html
+from workbench.panels.look import STYLE, classed, html, whole_tree
 from workbench.panels.model import ModelPanel
 from workbench.panels.precision import PrecisionPanel, WorkloadPanel
 from workbench.panels.preview import PreviewPanel
@@ -57,7 +57,7 @@ class Workbench(w.VBox):
         left = classed(w.VBox(chosen), "wb-column", "wb-left")
         right = classed(w.VBox([self._preview.box, self._tabs]), "wb-column", "wb-right")
         columns = classed(w.Box([left, right]), "wb-columns")
-        super().__init__([html("wb-style", value=STYLE), columns, self._preview.theme])
+        super().__init__([html("wb-style", value=STYLE), columns])
         self.add_class("wb-root")
         state.start()
         self._preview.start()
@@ -69,7 +69,8 @@ class Workbench(w.VBox):
         Raises:
             ValueError: When set, if they cannot be placed; nothing changes then. A model not yet seen takes seconds.
         """
-        return self._state.recipe
+        recipe: Recipe = self._state.recipe
+        return recipe
 
     @recipe.setter
     def recipe(self, recipe: Recipe) -> None:
@@ -82,7 +83,8 @@ class Workbench(w.VBox):
         Raises:
             ValueError: When set, if the recipe names a device that it does not have; nothing changes then.
         """
-        return self._state.machine
+        machine: Machine = self._state.machine
+        return machine
 
     @machine.setter
     def machine(self, machine: Machine) -> None:
@@ -98,12 +100,14 @@ class Workbench(w.VBox):
         model, else milliseconds. None if the first model cannot be placed; the panel then says why.
         """
         self._state.settle()
-        return self._state.placement
+        placement: Placement | None = self._state.placement
+        return placement
 
     @property
     def session(self) -> Session | None:
         """The loaded model, or None. Setting it makes a session from a cell the one that Generate talks to."""
-        return self._state.session
+        session: Session | None = self._state.session
+        return session
 
     @session.setter
     def session(self, session: Session | None) -> None:
@@ -122,10 +126,6 @@ class Workbench(w.VBox):
         self._load.close()
         self._preview.close()
         self._state.close()
-        parts = list(self.children)
-        self.children = ()
-        close_tree(*parts)
-        for part in (self.layout, getattr(self, "style", None)):
-            if isinstance(part, w.Widget):
-                part.close()
+        for part in list(whole_tree(self))[:-1]:
+            part.close()
         super().close()

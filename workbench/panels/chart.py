@@ -21,10 +21,10 @@ _NO_ROOM = "no room"
 
 # What fills a bar, in the order in which it is stacked, and the hatching that tells it apart without colour.
 KINDS = (("weights", ""), ("KV cache", "/"), ("activations (est.)", "x"), ("reserved", "."), ("free", ""))
-_FREE_ALPHA, _PART_ALPHA = 0.16, 0.62
+_FREE_ALPHA, _PART_ALPHA = 0.16, 0.4
 
-_BAR_PX, _LAYERS_PX, _TOP_PX, _GAP_PX, _BOTTOM_PX = 42, 150, 4, 22, 38
-_MOST_TICKS = 8
+_BAR_PX, _LAYERS_PX, _TOP_PX, _GAP_PX, _BOTTOM_PX = 42, 150, 4, 22, 44
+_MOST_TICKS, _TICK_PX = 10, 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +110,13 @@ def device_colour(device: DeviceId | None) -> str:
     return _GPU_COLOURS[device % len(_GPU_COLOURS)] if isinstance(device, int) else _OTHER_COLOURS[device]
 
 
-def chart_spec(placement: Placement) -> ChartSpec:
-    """Work out what is drawn for a placement."""
+def chart_spec(placement: Placement, *, width_px: int = 0) -> ChartSpec:
+    """Work out what is drawn for a placement.
+
+    Args:
+        placement: What is to be seen.
+        width_px: How much room there is, for as many names below the axis; 0 if that is unknown.
+    """
     bars = []
     for device, memory in placement.memory.items():
         known = (memory.weight_bytes, memory.kv_cache_bytes or 0, memory.activation_bytes or 0, memory.reserved_bytes)
@@ -145,7 +150,7 @@ def chart_spec(placement: Placement) -> ChartSpec:
         )
         for layer in placement.layers
     )
-    ticks = _ticks([block.tick for block in blocks])
+    ticks = _ticks([block.tick for block in blocks], width_px or 700)
     return ChartSpec(bars=tuple(bars), blocks=blocks, ticks=ticks, unit=unit, unit_bytes=unit_bytes)
 
 
@@ -176,12 +181,13 @@ def _short(name: str) -> str:
     return {"wte": "embed", "wpe": "position", "ln_f": "norm"}.get(last, last[:8])
 
 
-def _ticks(names: list[str]) -> tuple[int, ...]:
+def _ticks(names: list[str], width_px: int) -> tuple[int, ...]:
     """Which blocks to name: the ends, and layers at round numbers with room between them."""
     count = len(names)
     numbered = [i for i, name in enumerate(names) if name.isdecimal()]
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if len(numbered) / s <= _MOST_TICKS)
-    apart = max(1, count // 14)  # blocks that a label takes
+    most = max(1, min(_MOST_TICKS, width_px // _TICK_PX))
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if len(numbered) / s <= most)
+    apart = max(1, count * _TICK_PX // width_px)  # blocks that a name takes
     chosen = [0] if count else []
     if count > 1:
         chosen.append(count - 1)
@@ -234,14 +240,14 @@ class Chart:
         bars = [
             go.Bar(
                 orientation="h", name=kind, width=0.42, xaxis="x", yaxis="y", hoverinfo="text",
-                marker={"pattern": {"shape": shape, "fillmode": "overlay", "size": 6, "solidity": 0.35}},
+                marker={"pattern": {"shape": shape, "fillmode": "replace", "size": 6, "solidity": 0.35}},
                 hoverlabel={"align": "left"},
             )
             for kind, shape in KINDS
         ]  # fmt: skip
         limits = go.Scatter(
             mode="markers", name="limit", xaxis="x", yaxis="y", hoverinfo="text",
-            marker={"symbol": "line-ns-open", "size": 22, "line": {"width": 2.5}}, cliponaxis=False,
+            marker={"symbol": "line-ns-open", "size": 15, "line": {"width": 2.5}}, cliponaxis=False,
         )  # fmt: skip
         texts = go.Scatter(
             mode="text", name="text", xaxis="x", yaxis="y", hoverinfo="skip", textposition="middle right",
@@ -257,30 +263,39 @@ class Chart:
             layout={
                 "template": "none", "barmode": "stack", "bargap": 0.12, "showlegend": False, "dragmode": False,
                 "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "autosize": True,
-                "margin": {"t": _TOP_PX, "b": _BOTTOM_PX, "l": 44, "r": 10, "pad": 0},
+                "margin": {"t": _TOP_PX, "b": _BOTTOM_PX, "l": 44, "r": 18, "pad": 0},
                 "xaxis": {**fixed, "range": [0, 1.004], "visible": False, "domain": [0, 1], "anchor": "y"},
                 "yaxis": {**fixed, "visible": False, "anchor": "x"},
                 "xaxis2": {
                     **fixed, "domain": [0, 1], "anchor": "y2", "showgrid": False, "ticks": "outside", "ticklen": 3,
-                    "tickangle": 0, "title": {"text": "layers, in the order in which they run", "standoff": 4},
+                    "tickangle": 0, "title": {"text": "layers, in the order in which they run", "standoff": 6},
                 },
                 "yaxis2": {**fixed, "anchor": "x2", "rangemode": "tozero", "nticks": 4, "ticklabelposition": "outside"},
             },
         )  # fmt: skip
-        self.figure._config = {"displayModeBar": False, "responsive": True}  # noqa: SLF001 - plotly's only way to set it
+        self.figure._config = {"displayModeBar": False}  # noqa: SLF001 - plotly's only way to set it
         self._dark: bool | None = None
 
-    def show(self, spec: ChartSpec, *, dark: bool) -> None:
-        """Draw, in one message to the browser."""
+    def show(self, spec: ChartSpec, *, dark: bool, width_px: int = 0) -> None:
+        """Draw, in one message to the browser.
+
+        Args:
+            spec: What.
+            dark: For a dark page.
+            width_px: How wide; 0 leaves it to plotly.
+        """
         fig, count = self.figure, len(spec.bars)
         rows = list(range(count))
         with fig.batch_update():
             left = [0.0] * count
-            for index, (kind, _) in enumerate(KINDS):
+            for index, (kind, shape) in enumerate(KINDS):
                 trace = fig.data[index]
                 shares = [bar.part_bytes[index] / bar.width_bytes for bar in spec.bars]
                 trace.y, trace.x, trace.base = rows, shares, left
-                trace.marker.color = [_faded(bar.colour, _alpha(kind)) for bar in spec.bars]
+                # In a hatched bar the first colour is the lines'.
+                faded = [_faded(bar.colour, _alpha(kind)) for bar in spec.bars]
+                trace.marker.color = [bar.colour for bar in spec.bars] if shape else faded
+                trace.marker.pattern.bgcolor = faded
                 trace.hovertext = [f"<b>{bar.label}</b> {kind}: {_both(bar.part_bytes[index])}" for bar in spec.bars]
                 left = [a + b for a, b in zip(left, shares, strict=True)]
             limits, texts, layers = fig.data[len(KINDS) :]
@@ -293,20 +308,21 @@ class Chart:
             layers.marker.color = [block.colour for block in spec.blocks]
             layers.marker.pattern.shape = ["x" if b.device_label == _NO_ROOM else "" for b in spec.blocks]
             layers.hovertext = [block.hover for block in spec.blocks]
-            self._lay_out(spec, dark=dark)
+            self._lay_out(spec, dark=dark, width_px=width_px)
         # batch_update tells the browser, but a page that is reloaded later reads these two, and would find the figure
         # as it was made. They are set behind the traits' backs: the open page has drawn it all already.
         fig._trait_values["_widget_data"] = deepcopy(fig._data)  # noqa: SLF001 - there is no public way; a test guards it
         fig._trait_values["_widget_layout"] = deepcopy(fig._layout_obj._props)  # noqa: SLF001 - likewise
 
-    def _lay_out(self, spec: ChartSpec, *, dark: bool) -> None:
+    def _lay_out(self, spec: ChartSpec, *, dark: bool, width_px: int) -> None:
         layout, inner_px = self.figure.layout, spec.height_px - _TOP_PX - _BOTTOM_PX
-        layout.height = spec.height_px
+        layout.height, layout.width = spec.height_px, width_px or None
         layout.yaxis.range = [len(spec.bars) - 0.5, -0.62]
         layout.yaxis.domain = [(_LAYERS_PX + _GAP_PX) / inner_px, 1]
         layout.yaxis2.domain = [0, _LAYERS_PX / inner_px]
         layout.yaxis2.title.text = spec.unit
         layout.yaxis2.title.standoff = 4
+        layout.yaxis2.title.font.size = layout.xaxis2.title.font.size = 12
         layout.xaxis2.range = [-0.6, len(spec.blocks) - 0.4]
         layout.xaxis2.tickvals = list(spec.ticks)
         layout.xaxis2.ticktext = [spec.blocks[i].tick for i in spec.ticks]

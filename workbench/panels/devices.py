@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ class DevicesPanel:
         return names if own in names else (own, *names)
 
     def _machine_shown(self) -> str:
-        name = self._state.machine.name
+        name = str(self._state.machine.name)
         if name not in self.machine.options:
             self.machine.options = self._machines()
         return name
@@ -184,7 +185,7 @@ class DevicesPanel:
             memory = state.recipe.max_memory
             said = None if memory is None else memory.get(device.id)
             if isinstance(said, str):
-                return said
+                return re.sub(r"(?<=[\d.])(?=[A-Za-z])", " ", said)
             budget = budget_bytes()
             return "" if budget is None else format_bytes(budget)
 
@@ -255,10 +256,9 @@ def _this_machine() -> Machine:
 
 
 def _device_note(device: Device) -> str:
-    free = f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free"
-    return (
-        f'<span title="{device.free_bytes:,} of {device.total_bytes:,} bytes free; {escape(device.source)}">'
-        f"{escape(device.name)}: {free}</span> · "
-        f'<span title="{device.reserved_bytes:,} bytes for {escape(device.reserved_for)}">'
-        f"{format_bytes(device.reserved_bytes)} kept back</span>"
+    tip = (
+        f"{device.free_bytes:,} of {device.total_bytes:,} bytes free ({device.source}); "
+        f"{device.reserved_bytes:,} bytes are kept back for {device.reserved_for}"
     )
+    free = f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free"
+    return f'<span title="{escape(tip)}">{escape(device.name)} · {free}</span>'

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import anywidget
 import ipywidgets as w
-from traitlets import Bool, Unicode
+from traitlets import Bool, Int, Unicode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,6 +41,7 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
 .wb-root .widget-html { margin: 0; width: 100%; }
 .wb-root .wb-title .widget-html-content { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
 .wb-root .wb-note .widget-html-content { color: var(--wb-soft); font-size: 12px; overflow-wrap: anywhere; }
+.wb-root .wb-model-facts b { color: var(--wb-ink); }
 .wb-root .wb-note summary { cursor: pointer; }
 .wb-root .wb-note table, .wb-root .wb-load-report table { border-collapse: collapse; margin: 4px 0; font-size: 12px; }
 .wb-root .wb-note td { padding: 1px 10px 1px 0; vertical-align: top; }
@@ -59,14 +60,16 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
 .wb-root .wb-wide > select, .wb-root .wb-wide > input { min-width: 0; }
 .wb-root .widget-checkbox, .wb-root .widget-button { margin: 2px 0; }
 .wb-root .wb-device {
-  display: grid; grid-template-columns: 74px minmax(0, 1fr) 88px; align-items: center; gap: 0 8px; width: 100%;
-  margin-top: 2px; overflow: visible;
+  display: grid; grid-template-columns: 70px minmax(0, 1fr) 84px; align-items: center; gap: 0 6px; width: 100%;
+  margin: 2px 0 4px; overflow: visible;
 }
 .wb-root .wb-device > * { width: 100%; margin: 0; min-width: 0; }
 .wb-root .wb-device .wb-note { grid-column: 1 / -1; }
-.wb-root .wb-device .wb-note .widget-html-content { margin-top: -4px; padding-left: 20px; font-size: 11px; }
-.wb-root .wb-device .widget-checkbox { width: 74px; }
-.wb-root .wb-device .widget-checkbox label { font-weight: 600; white-space: nowrap; overflow: visible; padding: 0; }
+.wb-root .wb-device .wb-note .widget-html-content { padding-left: 20px; font-size: 11px; line-height: 1.3; }
+.wb-root .wb-device .widget-checkbox { width: auto; height: 28px; display: flex; align-items: center; }
+.wb-root .widget-checkbox label { display: flex; align-items: center; gap: 6px; overflow: visible; padding: 0; }
+.wb-root .widget-checkbox input { margin: 0; }
+.wb-root .wb-device .widget-checkbox label { font-weight: 600; white-space: nowrap; }
 .wb-root .wb-unseen-label > .widget-label {
   position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; margin: 0;
 }
@@ -81,12 +84,14 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
 }
 .wb-root .widget-toggle-button.mod-active { box-shadow: inset 0 0 0 2px var(--wb-focus); font-weight: 600; }
 .wb-root .wb-verdict .widget-html-content { font-size: 15px; min-height: 24px; overflow-wrap: anywhere; }
-.wb-root .wb-verdict b { margin-right: 4px; }
 .wb-root .wb-fits b { color: var(--wb-good); } .wb-root .wb-offloads b { color: var(--wb-warn); }
 .wb-root .wb-does_not_fit b { color: var(--wb-bad); }
 .wb-root .wb-doing .widget-html-content { color: var(--wb-soft); font-size: 12px; min-height: 18px; }
 .wb-root .wb-old { opacity: .55; }
-.wb-root .wb-chart, .wb-root .wb-chart > * { width: 100%; min-width: 0; overflow: hidden; margin: 0; }
+.wb-root .wb-chart, .wb-root .wb-chart > *, .wb-root .wb-page {
+  width: 100%; min-width: 0; overflow: hidden; margin: 0;
+}
+.wb-root .wb-page { height: 0; }
 .wb-root .wb-key .widget-html-content {
   display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--wb-soft);
 }
@@ -102,6 +107,11 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
 .wb-root .wb-tabs { width: 100%; min-width: 0; }
 .wb-root .wb-tabs .widget-tab-contents { min-height: 250px; padding: 10px 12px; overflow: visible; }
 .wb-root .wb-tabs .widget-box { overflow: visible; }
+.wb-root select:not([multiple]) {
+  background-image: linear-gradient(45deg, transparent 50%, #888 50%),
+    linear-gradient(135deg, #888 50%, transparent 50%);
+  background-size: 5px 5px; background-position: right 10px center, right 5px center; background-repeat: no-repeat;
+}
 .wb-root textarea { resize: vertical; }
 .wb-root .wb-stack > .widget-label { width: 100%; flex: none; text-align: left; }
 .wb-root .wb-stack { flex-direction: column; align-items: stretch; height: auto; }
@@ -128,24 +138,37 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
 </style>"""
 
 
-class Theme(anywidget.AnyWidget):
-    """Tells whether the notebook around is dark, and when that changes. It shows nothing."""
+class Page(anywidget.AnyWidget):
+    """Tells what the page is like where this stands, and when that changes. It shows nothing.
+
+    Plotly follows neither by itself: it knows nothing of the notebook's theme, and a figure that was drawn before its
+    place had a width keeps a width of its own.
+
+    Attributes:
+        dark: Whether the notebook is dark.
+        width_px: How wide the place is; 0 while that is unknown.
+    """
 
     _esm = """
     export default { render({ model, el }) {
-      el.style.display = "none";
+      el.style.cssText = "width: 100%; height: 0; margin: 0; overflow: hidden;";
+      const tell = (name, value) => {
+        if (value !== model.get(name)) { model.set(name, value); model.save_changes(); }
+      };
       const look = () => {
         const said = document.body.dataset.jpThemeLight;
-        const dark = said === undefined ? matchMedia("(prefers-color-scheme: dark)").matches : said === "false";
-        if (dark !== model.get("dark")) { model.set("dark", dark); model.save_changes(); }
+        tell("dark", said === undefined ? matchMedia("(prefers-color-scheme: dark)").matches : said === "false");
       };
       const watcher = new MutationObserver(look);
       watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
       look();
-      return () => watcher.disconnect();
+      const ruler = new ResizeObserver(() => { if (el.clientWidth) tell("width_px", el.clientWidth); });
+      ruler.observe(el);
+      return () => { watcher.disconnect(); ruler.disconnect(); };
     } };
     """
     dark = Bool(default_value=False).tag(sync=True)
+    width_px = Int(default_value=0).tag(sync=True)
 
 
 class Log(anywidget.AnyWidget):

@@ -60,8 +60,8 @@ class ModelPanel:
                 self._state.report("model", "")
 
     def _change(self, text: str) -> None:
-        recipe, changes = self._state.recipe, {}
-        if recipe.strategy == "custom":  # its map names another model's layers
+        changes: dict[str, Any] = {}
+        if self._state.recipe.strategy == "custom":  # its map names another model's layers
             changes = {"strategy": "auto", "device_map": None}
         self._state.update(model=ModelRef.parse(text), **changes)
 

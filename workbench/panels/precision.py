@@ -64,6 +64,7 @@ class PrecisionPanel:
             "fp4": FourBit(quant_type="fp4"),
         }
         self.chips: dict[str, Any] = {}
+        self._offered: list[tuple[str, int]] = []
         self.method = classed(
             w.ToggleButtons(options=METHODS, tooltips=_TIPS, value="full", description="Precision"),
             "wb-precision",
@@ -201,7 +202,8 @@ class PrecisionPanel:
         skeleton = self._state.skeleton
         groups = name_groups(skeleton.linear_modules) if skeleton else {}
         wanted = dict(list(groups.items())[-_MOST_CHIPS:])
-        if list(wanted) != list(self.chips):
+        if list(wanted.items()) != self._offered:
+            self._offered = list(wanted.items())
             old = self._chips_box.children
             self.chips = {name: self._chip(name, times) for name, times in wanted.items()}
             self._chips_box.children = tuple(self.chips.values())

@@ -10,7 +10,7 @@ import ipywidgets as w
 
 from workbench.hardware import format_bytes
 from workbench.panels.chart import KINDS, Chart, chart_height, chart_spec, spec_as_html
-from workbench.panels.look import Theme, classed, close_tree, html, panel, problem_line
+from workbench.panels.look import Page, classed, close_tree, html, panel, problem_line
 
 if TYPE_CHECKING:
     from workbench.panels.state import State
@@ -31,7 +31,7 @@ class PreviewPanel:
         self._state = state
         self.chart: Chart | None = None
         self._closed = False
-        self.theme = Theme()
+        self.page = classed(Page(), "wb-page")
         self._verdict = html("wb-verdict")
         self._doing = html("wb-doing")
         self._plain = html("wb-plain")
@@ -44,6 +44,7 @@ class PreviewPanel:
                 problem_line(state, "preview"),
                 self._verdict,
                 self._doing,
+                self.page,
                 self._holder,
                 html("wb-key", value=_key()),
                 self._why_plain,
@@ -52,7 +53,7 @@ class PreviewPanel:
         )
         state.observe(self._show, "placement")
         state.observe(self._show_doing, ["doing", "recipe", "machine", "placement"])
-        self.theme.observe(self._redraw, "dark")
+        self.page.observe(self._redraw, ["dark", "width_px"])
         self._maker = threading.Thread(target=self._make_chart, name="workbench-chart", daemon=True)
         self._show()
         self._show_doing()
@@ -108,13 +109,13 @@ class PreviewPanel:
             placement = self._state.placement
             if placement is None:
                 return
-            spec = chart_spec(placement)
+            spec = chart_spec(placement, width_px=self.page.width_px)
             if self._holder.layout.height != f"{spec.height_px}px":
                 self._holder.layout.height = f"{spec.height_px}px"
             if self.chart is None:
                 self._plain.value = spec_as_html(spec)
                 return
-            self.chart.show(spec, dark=self.theme.dark)
+            self.chart.show(spec, dark=self.page.dark, width_px=self.page.width_px)
             if self._holder.children != (self.chart.figure,):  # made and shown in different steps: Colab needs that
                 self._holder.children = (self.chart.figure,)
                 close_tree(self._plain)

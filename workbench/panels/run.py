@@ -131,15 +131,16 @@ class LoadPanel:
     def _show(self, _: object = None) -> None:
         state = self._state
         idle, session = not state.activity, state.session
-        _enable(self.load, when=idle and state.placement is not None)
+        elsewhere = state.machine.name in Machine.presets()
+        _enable(self.load, when=idle and state.placement is not None and not elsewhere)
         _enable(self.cancel, when=state.activity == "loading")
         _enable(self.unload, when=idle and session is not None)
         differs = session is not None and session.recipe != state.recipe
         note = (
             "The loaded model differs from what the preview shows: press Load to load that instead." if differs else ""
         )
-        if session is None and idle and state.machine.name in Machine.presets():
-            note = f"The preview is for {escape(state.machine.name)}; pick This machine to load."
+        if elsewhere:
+            note = f"The preview is for {escape(state.machine.name)}: pick This machine to load."
         if self._differs.value != note:
             self._differs.value = note
 
@@ -190,6 +191,7 @@ class GeneratePanel:
     def __init__(self, state: State) -> None:
         self._state = state
         self._reader: threading.Thread | None = None
+        self._halt = threading.Event()
         self.prompt = classed(
             w.Textarea(
                 description="Prompt",
@@ -253,10 +255,9 @@ class GeneratePanel:
 
     def close(self) -> None:
         """Stop an answer that is going on and wait for its end."""
-        reader = self._reader
-        if reader is not None and reader.is_alive():
-            self._stop(None)
-            reader.join()
+        self._stop(None)
+        if self._reader is not None:
+            self._reader.join()
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"max_new_tokens": self.most.value, "system": self.system.value.strip() or None}
@@ -278,6 +279,7 @@ class GeneratePanel:
                 raise ValueError("Load a model first, in the Load tab.")
             state.begin("generating")
         try:
+            self._halt.clear()
             self.answer.text, self._stats.value = "", "The prompt is being read ..."
             # This thread only passes pieces on; all torch work is the worker's.
             reader = threading.Thread(
@@ -293,6 +295,8 @@ class GeneratePanel:
         text, unsent, sent_at, synced_at = "", "", 0.0, time.monotonic()
         try:
             for piece in session.stream(prompt, **options):
+                if self._halt.is_set():  # again: the first time may have come before there was anything to stop
+                    session.stop()
                 text, unsent, now = text + piece, unsent + piece, time.monotonic()
                 if now - sent_at >= _APART_SECONDS:
                     self.answer.add(unsent)
@@ -308,6 +312,7 @@ class GeneratePanel:
             self._state.end()
 
     def _stop(self, _: object) -> None:
+        self._halt.set()
         session = self._state.session
         if session is not None:
             session.stop()

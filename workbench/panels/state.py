@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,10 +71,11 @@ class State(HasTraits):
 
     def budgets(self) -> dict[DeviceId, int]:
         """The budget of each device that is used, in bytes; devices that the machine does not have are left out."""
+        machine: Machine = self.machine
         memory = self.recipe.max_memory
         if memory is None:
-            return self.machine.budgets()
-        return {d.id: parse_bytes(memory[d.id]) for d in self.machine.devices if d.id in memory}
+            return machine.budgets()
+        return {d.id: parse_bytes(memory[d.id]) for d in machine.devices if d.id in memory}
 
     @property
     def is_current(self) -> bool:
@@ -221,7 +223,7 @@ class State(HasTraits):
             try:
                 self._plan(recipe, machine, good)
             except Exception as error:  # noqa: BLE001 - the thread must outlive any model
-                with self.lock:
+                with self.lock, contextlib.suppress(Exception):  # a view that cannot show it must not end the thread
                     if (recipe, machine) == (self.recipe, self.machine):
                         self._fall_back("preview", as_sentence(error))
 

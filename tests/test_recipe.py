@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import workbench as wb
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECIPES = [
+    wb.Recipe(),
+    wb.Recipe(
+        model="org/name@v2",
+        precision=wb.Int8(threshold=3, skip_modules=("lm_head",)),
+        strategy="sequential",
+        max_memory={0: "10GiB", "cpu": 20},
+        workload=wb.Workload(context_length=64, batch_size=3),
+    ),
+    wb.Recipe(
+        model=wb.ModelRef(name="a/b", trust_remote_code=True),
+        precision=wb.FourBit(quant_type="fp4"),
+        strategy="custom",
+        device_map={"model": 1, "lm_head": "disk"},
+    ),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_json_pickle_and_copy_round_trip(recipe: wb.Recipe) -> None:
+    for twin in (wb.Recipe.from_json(recipe.to_json()), pickle.loads(pickle.dumps(recipe)), copy.deepcopy(recipe)):  # noqa: S301 - our own bytes
+        assert twin == recipe
+        assert hash(twin) == hash(recipe)
+        assert twin.to_json() == recipe.to_json()
+
+
+def test_budgets_keep_gpu_numbers_as_numbers() -> None:
+    twin = wb.Recipe.from_json(RECIPES[1].to_json())
+    assert dict(twin.max_memory or {}) == {0: "10GiB", "cpu": 20}
+    assert dict(wb.Recipe(max_memory={"cuda:1": "1GiB", "0": 5}).max_memory or {}) == {1: "1GiB", 0: 5}
+
+
+def test_recipes_cannot_be_changed() -> None:
+    recipe = RECIPES[1]
+    with pytest.raises(FrozenInstanceError):
+        recipe.strategy = "auto"  # type: ignore[misc]
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        recipe.max_memory[0] = "99GiB"  # type: ignore[index]
+    budgets: dict[Any, Any] = {0: "1GiB"}
+    kept = wb.Recipe(max_memory=budgets)
+    budgets[0] = "2GiB"
+    assert dict(kept.max_memory or {}) == {0: "1GiB"}
+
+
+def test_with_changes_one_choice() -> None:
+    changed = RECIPES[1].with_(strategy="balanced")
+    assert changed.strategy == "balanced"
+    assert changed.with_(strategy="sequential") == RECIPES[1]
+    with pytest.raises(TypeError, match=r"Recipe has no option 'stratgy'. Did you mean 'strategy'"):
+        RECIPES[1].with_(stratgy="auto")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"strategy": "best"}, "strategy is one of 'auto', 'balanced'"),
+        ({"strategy": "custom"}, "needs a device_map"),
+        ({"device_map": {"": 0}}, 'A device_map needs strategy="custom"'),
+        ({"strategy": "custom", "device_map": {}}, "device_map is a dict"),
+        ({"max_memory": {0: "lots"}}, "'lots' is no size of memory"),
+        ({"max_memory": {0: -1}}, "cannot be negative"),
+        ({"max_memory": {"cpu": "10gb"}}, 'write "10GB"'),
+        ({"max_memory": {}}, "max_memory is a dict"),
+        ({"max_memory": {1.5: "1GiB"}}, "A device is a GPU's number"),
+        ({"model": ""}, "Name a model"),
+        ({"model": 7}, "named by text or a ModelRef"),
+        ({"precision": "int8"}, r"precision is FullPrecision\(\), Int8\(\) or FourBit\(\)"),
+        ({"workload": 2048}, "workload is Workload"),
+    ],
+)
+def test_bad_choices(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        wb.Recipe(**options)
+
+
+@pytest.mark.parametrize("value", [0, -5, 1.5, True, "2048"])
+def test_bad_workloads(value: Any) -> None:
+    with pytest.raises(ValueError, match="context_length is a whole number of at least 1"):
+        wb.Workload(context_length=value)
+    with pytest.raises(ValueError, match="batch_size is a whole number of at least 1"):
+        wb.Workload(batch_size=value)
+
+
+def test_unknown_choices_list_the_valid_ones() -> None:
+    valid = "model, precision, strategy, max_memory, device_map, workload"
+    with pytest.raises(TypeError, match=f"Valid options: {valid}"):
+        wb.Recipe(quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("not json", "it is no JSON"),
+        ("[]", 'no "workbench_recipe" version'),
+        ('{"workbench_recipe": 99}', "has version 99"),
+        ('{"workbench_recipe": 1}', "cannot be read"),
+    ],
+)
+def test_bad_json(text: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        wb.Recipe.from_json(text)
+
+
+def test_json_with_an_unknown_choice() -> None:
+    data = json.loads(wb.Recipe().to_json())
+    data["colour"] = "red"
+    with pytest.raises(ValueError, match="Recipe has no option 'colour'"):
+        wb.Recipe.from_json(json.dumps(data))
+
+
+def run_exported(code: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """Run an exported program in a fresh process; return its device map and its answer's token ids."""
+    assert "workbench" not in re.sub(r"MODEL = .*", "", code).lower()
+    probe = (
+        "\nimport json\n"
+        "ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()\n"
+        "devices = {str(p.device) for p in model.parameters()}\n"
+        "found = getattr(model, 'hf_device_map', None) or {'': devices.pop()}\n"
+        "print(json.dumps([found, ids]))\n"
+    )
+    program = folder / "exported.py"
+    program.write_text(code + probe, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, str(program)], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found, ids = json.loads(result.stdout.splitlines()[-1])
+    return found, ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precision": wb.Int8()},
+        {"precision": wb.FourBit()},
+        {"max_memory": {"cpu": "200MiB", "disk": "10GiB"}},
+        {"strategy": "custom", "device_map": {"": "disk"}},
+    ],
+    ids=["full", "int8", "nf4", "disk", "all-disk"],
+)
+@pytest.mark.parametrize("with_placement", [True, False], ids=["map", "strategy"])
+def test_exported_python_does_the_same(
+    demo_model: Path, tmp_path: Path, options: dict[str, Any], *, with_placement: bool
+) -> None:
+    if not with_placement and set(options) & {"precision", "device_map"}:
+        pytest.skip("the strategy's own map is compared once for one device and once for two")
+    recipe = wb.Recipe(model=str(demo_model), **options)
+    session = wb.load(recipe)
+    try:
+        prompt = session._encode("What is the capital of France?", None)
+        expected = session.model.generate(**prompt.to("cpu"), max_new_tokens=20, do_sample=False)[0].tolist()
+        found, ids = run_exported(recipe.to_python(session.placement if with_placement else None), tmp_path)
+    finally:
+        session.unload()
+    assert found == session.placement.device_map
+    assert ids == expected
+
+
+def test_exported_map_is_the_map() -> None:
+    from workbench.recipe import _write_map
+
+    device_map: dict[str, Any] = {
+        "model.embed_tokens": 0,
+        **{f"model.layers.{i}": 0 for i in range(12)},
+        **{f"model.layers.{i}": 1 for i in range(12, 14)},
+        **{f"model.layers.{i}": "cpu" for i in range(14, 30)},
+        "lm_head": "disk",
+    }
+    lines = _write_map(device_map)
+    scope: dict[str, Any] = {}
+    exec("\n".join(lines), scope)  # noqa: S102 - running it is the point
+    assert scope["device_map"] == device_map
+    assert len(lines) == 8  # two runs of layers are ranges, two layers are too few for one
