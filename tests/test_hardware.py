@@ -117,7 +117,8 @@ class TestFormatBytes:
             (MIB - 1, "1 MiB"),  # 1023.999 KiB is no "1024 KiB"
             (57 * MIB, "57 MiB"),
             (102 * MIB, "102 MiB"),
-            (103 * MIB, "0.1 GiB"),  # 0.1 GiB are 102.4 MiB
+            (1023 * MIB, "1023 MiB"),
+            (GIB - 1, "1.0 GiB"),  # no "1024 MiB"
             (14_495_514_624, "13.5 GiB"),
             (2000 * GIB, "2000.0 GiB"),
             (-3 * GIB, "-3.0 GiB"),

@@ -77,10 +77,10 @@ def format_bytes(n: int) -> str:
         return f"-{format_bytes(-n)}"
     if n == 0:
         return "0 GiB"
-    if n >= _GIB:
+    if round(n / _MIB) >= 1024:
         return f"{n / _GIB:.1f} GiB"
     kib = -(-n // _KIB)  # rounded up, so that nothing is shown as "0 KiB"
-    return f"{n / _MIB:.0f} MiB" if kib >= _KIB else f"{kib} KiB"
+    return f"{n / _MIB:.0f} MiB" if kib >= 1024 else f"{kib} KiB"
 
 
 @refuses_unknown

@@ -1,0 +1,216 @@
+"""The strategy "packed": fill the fast devices as full as they can be, and spill only what has no room.
+
+transformers' planner walks through the model once and never goes back: a device that it has skipped because one
+embedding was too large for it stays empty. Here the largest blocks that are no decoder layers (embedding, head) are
+tried in several places, and for each choice the decoder layers fill the devices in execution order, the fastest device
+first. The choice with the lowest predicted time for a token wins. Cost: some 25 passes over the layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workbench.hardware import DeviceId
+
+_TRIED = 2  # so many of the largest other blocks are tried in several places; the rest go where there is room
+_CROSSING_SECONDS = 50e-6  # handing a hidden state from one device to the next
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """Something that stays whole: a block, together with the blocks whose weights are tied to it.
+
+    Attributes:
+        name: Of the block.
+        weight_bytes: Where it runs.
+        spilled_bytes: Where it waits to be fetched; more than that if it is not quantized there.
+        cache_bytes: Its share of the KV cache, kept where it runs.
+        activation_bytes: Peak of live activations while it runs.
+        is_layer: Whether it is a decoder layer.
+    """
+
+    name: str
+    weight_bytes: int
+    spilled_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+    is_layer: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """A device to fill.
+
+    Attributes:
+        id: As ``max_memory`` spells it.
+        limit_bytes: For the weights that are kept here.
+        capacity_bytes: For those, the cache, the activations and the room for fetched layers together.
+        seconds_per_byte: To read a weight that runs here; on a device to spill to, to fetch it from there.
+    """
+
+    id: DeviceId
+    limit_bytes: int
+    capacity_bytes: int
+    seconds_per_byte: float
+
+
+@dataclass(kw_only=True)
+class _Load:
+    """What a device has been given so far."""
+
+    weight: int = 0
+    cache: int = 0
+    activation: int = 0
+
+    def fits(self, item: Item, device: Bin, reserve: int, spilled_cache: int) -> bool:
+        weight = self.weight + item.weight_bytes
+        other = self.cache + item.cache_bytes + max(self.activation, item.activation_bytes) + spilled_cache
+        return weight <= device.limit_bytes and weight + reserve + other <= device.capacity_bytes
+
+    def add(self, item: Item) -> None:
+        self.weight += item.weight_bytes
+        self.cache += item.cache_bytes
+        self.activation = max(self.activation, item.activation_bytes)
+
+
+def pack(items: Sequence[Item], fast: Sequence[Bin], slow: Sequence[Bin]) -> dict[str, DeviceId | None]:
+    """Assign each item to a device.
+
+    Args:
+        items: In execution order.
+        fast: The devices on which layers run where they are kept. The first of them fetches and runs what is spilled,
+            as accelerate has it.
+        slow: The devices to spill to, the quicker one first.
+
+    Returns:
+        Item name to device; None where nothing that was offered has room.
+    """
+    order = _quickest_first(fast)
+    others = sorted((i for i in items if not i.is_layer), key=lambda i: i.weight_bytes, reverse=True)
+    tried = [i.name for i in others[:_TRIED] if i.weight_bytes]
+    # Devices of a kind are alike, but for the first, which has to keep room for what is fetched.
+    kinds: dict[tuple[int, int, float], list[int]] = {}
+    for index in order[1:]:
+        kinds.setdefault(
+            (fast[index].limit_bytes, fast[index].capacity_bytes, fast[index].seconds_per_byte), []
+        ).append(index)
+    places = dict.fromkeys((*order[:1], *(i for same in kinds.values() for i in (same[0], same[-1]))))
+    best: tuple[float, dict[str, DeviceId | None]] | None = None
+    layers = [item for item in items if item.is_layer]
+    by_size = sorted(layers, key=lambda i: i.weight_bytes, reverse=True)
+    # Where layers differ in size, the large ones first can leave only small ones to be fetched.
+    for sequence in (layers, by_size) if by_size != layers else (layers,):
+        for homes in itertools.product((_FREE, *places, _SPILLED), repeat=len(tried)):
+            found = _fill(items, sequence, fast, slow, dict(zip(tried, homes, strict=True)))
+            if found is not None and (best is None or found[0] < best[0]):
+                best = found
+    placed = {} if best is None else best[1]
+    large = {item.name for item in items if item.is_layer or item.name in tried}
+    if fast and fast[0].id not in {placed.get(name) for name in large}:
+        return pack(items, fast[1:], slow)  # then the next device is the first of the map, and fetches what is spilled
+    return placed
+
+
+def _quickest_first(fast: Sequence[Bin]) -> list[int]:
+    return sorted(range(len(fast)), key=lambda index: fast[index].seconds_per_byte)
+
+
+_FREE, _SPILLED = -1, -2  # what a tried block can be told beside an index: go where there is room, or be spilled
+
+
+def _fill(
+    items: Sequence[Item], layers: Sequence[Item], fast: Sequence[Bin], slow: Sequence[Bin], fixed: dict[str, int]
+) -> tuple[float, dict[str, DeviceId | None]] | None:
+    """Fill the devices for one choice of where the tried blocks go; None if they cannot go there.
+
+    What is spilled needs room on the device that runs it (the largest such item, and their cache), and that room
+    decides what has to be spilled: repeated until both agree.
+    """
+    spilled = {name for name, home in fixed.items() if home == _SPILLED}
+    while True:
+        homes = _assign(items, layers, fast, fixed, spilled)
+        if homes is None:
+            return None
+        now = {name for name, home in homes.items() if home is None}
+        if now <= spilled:
+            return _finish(items, fast, slow, homes)
+        spilled |= now
+
+
+def _assign(
+    items: Sequence[Item], layers: Sequence[Item], fast: Sequence[Bin], fixed: dict[str, int], spilled: set[str]
+) -> dict[str, int | None] | None:
+    """Give every item an index into ``fast`` or None, with room kept for what was spilled so far."""
+    fetched = [i for i in items if i.name in spilled]
+    reserve = max((i.spilled_bytes for i in fetched), default=0)
+    fetched_cache = sum(i.cache_bytes for i in fetched)
+    loads = [_Load() for _ in fast]
+    if fast:
+        loads[0].activation = max((i.activation_bytes for i in fetched), default=0)
+    homes: dict[str, int | None] = dict.fromkeys((i.name for i in items), None)
+
+    def put(item: Item, index: int) -> bool:
+        main = index == 0
+        if not loads[index].fits(item, fast[index], reserve if main else 0, fetched_cache if main else 0):
+            return False
+        loads[index].add(item)
+        homes[item.name] = index
+        return True
+
+    for item in items:
+        if fixed.get(item.name, _FREE) >= 0 and not put(item, fixed[item.name]):
+            return None
+    left = []
+    order = _quickest_first(fast)
+    remaining = list(order)
+    for item in layers:  # one device after the other
+        while remaining and not put(item, remaining[0]):
+            remaining.pop(0)
+        if not remaining:
+            left.append(item)
+    # What is left may still fit into a gap: small blocks beside their neighbours, and layers where sizes differ.
+    left += [i for i in items if not i.is_layer and fixed.get(i.name, _FREE) == _FREE]
+    names = list(homes)
+    full: set[tuple[int, int, int]] = set()
+    for item in left:
+        size = (item.weight_bytes, item.cache_bytes, item.activation_bytes)
+        if size in full:
+            continue
+        at = names.index(item.name)
+        near = next((homes[n] for n in (*reversed(names[:at]), *names[at + 1 :]) if homes[n] is not None), None)
+        first = [] if near is None else [near]
+        if not any(put(item, index) for index in dict.fromkeys((*first, *order))):
+            full.add(size)
+    return homes
+
+
+def _finish(
+    items: Sequence[Item], fast: Sequence[Bin], slow: Sequence[Bin], homes: dict[str, int | None]
+) -> tuple[float, dict[str, DeviceId | None]]:
+    """Spill what has no home, and predict the time of a token; what cannot even be spilled counts as endless."""
+    room = [device.limit_bytes for device in slow]
+    placed: dict[str, DeviceId | None] = {}
+    main_seconds = fast[0].seconds_per_byte if fast else 0.0
+    seconds = 0.0
+    for item in items:
+        home = homes[item.name]
+        if home is not None:
+            placed[item.name] = fast[home].id
+            seconds += item.weight_bytes * fast[home].seconds_per_byte
+            continue
+        index = next((k for k, free in enumerate(room) if item.spilled_bytes <= free), None)
+        if index is None:
+            placed[item.name] = None
+            seconds += item.spilled_bytes  # a second a byte: worse than any device
+            continue
+        room[index] -= item.spilled_bytes
+        placed[item.name] = slow[index].id
+        seconds += item.spilled_bytes * (slow[index].seconds_per_byte + main_seconds)
+    runs_on = [homes[item.name] or 0 for item in items if item.weight_bytes]
+    crossings = sum(a != b for a, b in itertools.pairwise(runs_on))
+    return seconds + crossings * _CROSSING_SECONDS, placed
