@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import ipywidgets as w
 
 from workbench.hardware import Machine
+from workbench.model import refuses_unknown
 from workbench.panels.code import CodePanel
 from workbench.panels.devices import DevicesPanel
 from workbench.panels.look import STYLE, classed, html, whole_tree
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _TABS = ("Load", "Generate", "Code")
 
 
+@refuses_unknown
 class Workbench(w.VBox):
     """Pick a model, budget each device, choose a precision, see where every layer goes, load it, talk to it.
 
@@ -35,6 +37,7 @@ class Workbench(w.VBox):
 
     Raises:
         ValueError: If ``recipe`` is no :class:`Recipe`.
+        TypeError: If there is an unknown option; the valid ones are listed.
     """
 
     def __init__(self, recipe: Recipe | None = None, machine: Machine | None = None) -> None:

@@ -240,10 +240,10 @@ class Chart:
         bars = [
             go.Bar(
                 orientation="h", name=kind, width=0.42, xaxis="x", yaxis="y", hoverinfo="text",
-                marker={"pattern": {"shape": shape, "fillmode": "replace", "size": 6, "solidity": 0.35}},
+                marker={"pattern": {"fillmode": "replace", "size": 6, "solidity": 0.35}},
                 hoverlabel={"align": "left"},
             )
-            for kind, shape in KINDS
+            for kind, _ in KINDS
         ]  # fmt: skip
         limits = go.Scatter(
             mode="markers", name="limit", xaxis="x", yaxis="y", hoverinfo="text",
@@ -261,7 +261,7 @@ class Chart:
         self.figure = go.FigureWidget(
             data=[*bars, limits, texts, layers],
             layout={
-                "template": "none", "barmode": "stack", "bargap": 0.12, "showlegend": False, "dragmode": False,
+                "template": "none", "barmode": "overlay", "bargap": 0.12, "showlegend": False, "dragmode": False,
                 "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "autosize": True,
                 "margin": {"t": _TOP_PX, "b": _BOTTOM_PX, "l": 44, "r": 18, "pad": 0},
                 "xaxis": {**fixed, "range": [0, 1.004], "visible": False, "domain": [0, 1], "anchor": "y"},
@@ -274,7 +274,8 @@ class Chart:
             },
         )  # fmt: skip
         self.figure._config = {"displayModeBar": False}  # noqa: SLF001 - plotly's only way to set it
-        self._dark: bool | None = None
+        self._spec: ChartSpec | None = None
+        self._look: tuple[object, ...] | None = None
 
     def show(self, spec: ChartSpec, *, dark: bool, width_px: int = 0) -> None:
         """Draw, in one message to the browser.
@@ -284,35 +285,59 @@ class Chart:
             dark: For a dark page.
             width_px: How wide; 0 leaves it to plotly.
         """
-        fig, count = self.figure, len(spec.bars)
-        rows = list(range(count))
+        fig, before = self.figure, self._spec
+        look = (spec.height_px, width_px, spec.ticks, len(spec.blocks), spec.unit, dark)
         with fig.batch_update():
-            left = [0.0] * count
-            for index, (kind, shape) in enumerate(KINDS):
-                trace = fig.data[index]
-                shares = [bar.part_bytes[index] / bar.width_bytes for bar in spec.bars]
-                trace.y, trace.x, trace.base = rows, shares, left
-                # In a hatched bar the first colour is the lines'.
-                faded = [_faded(bar.colour, _alpha(kind)) for bar in spec.bars]
-                trace.marker.color = [bar.colour for bar in spec.bars] if shape else faded
-                trace.marker.pattern.bgcolor = faded
-                trace.hovertext = [f"<b>{bar.label}</b> {kind}: {_both(bar.part_bytes[index])}" for bar in spec.bars]
-                left = [a + b for a, b in zip(left, shares, strict=True)]
-            limits, texts, layers = fig.data[len(KINDS) :]
-            limits.y, limits.x = rows, [bar.limit_bytes / bar.width_bytes for bar in spec.bars]
-            limits.hovertext = [f"<b>{bar.label}</b> limit: {_both(bar.limit_bytes)}" for bar in spec.bars]
-            texts.y, texts.x, texts.text = [row - 0.42 for row in rows], [0.0] * count, [bar.text for bar in spec.bars]
-            layers.x = list(range(len(spec.blocks)))
-            layers.y = [block.size_bytes / spec.unit_bytes for block in spec.blocks]
-            # Plain colour strings: numbers with a colour scale take several times as long in the browser.
-            layers.marker.color = [block.colour for block in spec.blocks]
-            layers.marker.pattern.shape = ["x" if b.device_label == _NO_ROOM else "" for b in spec.blocks]
-            layers.hovertext = [block.hover for block in spec.blocks]
-            self._lay_out(spec, dark=dark, width_px=width_px)
+            # Assigning costs time even where nothing changes, and while a slider moves most of it stays.
+            if before is None or [bar.label for bar in before.bars] != [bar.label for bar in spec.bars]:
+                self._draw_devices(spec)
+            self._draw_bars(spec)
+            if before is None or before.blocks != spec.blocks:
+                self._draw_layers(spec)
+            if look != self._look:
+                self._lay_out(spec, dark=dark, width_px=width_px)
+        self._spec, self._look = spec, look
         # batch_update tells the browser, but a page that is reloaded later reads these two, and would find the figure
         # as it was made. They are set behind the traits' backs: the open page has drawn it all already.
         fig._trait_values["_widget_data"] = deepcopy(fig._data)  # noqa: SLF001 - there is no public way; a test guards it
         fig._trait_values["_widget_layout"] = deepcopy(fig._layout_obj._props)  # noqa: SLF001 - likewise
+
+    def _draw_devices(self, spec: ChartSpec) -> None:
+        """Which rows there are, and what they are filled with."""
+        rows = list(range(len(spec.bars)))
+        for (kind, shape), trace in zip(KINDS, self.figure.data, strict=False):
+            # In a hatched bar the first colour is the lines'.
+            faded = [_faded(bar.colour, _alpha(kind)) for bar in spec.bars]
+            trace.y = rows
+            trace.marker.color = [bar.colour for bar in spec.bars] if shape else faded
+            trace.marker.pattern.bgcolor = faded
+            # A list: plotly.js takes a lone "/" for an empty regular expression.
+            trace.marker.pattern.shape = [shape] * len(rows)
+        limits, texts, _ = self.figure.data[len(KINDS) :]
+        limits.y, texts.y, texts.x = rows, [row - 0.42 for row in rows], [0.0] * len(rows)
+
+    def _draw_bars(self, spec: ChartSpec) -> None:
+        """How far everything reaches, as a share of each row's whole width."""
+        left = [0.0] * len(spec.bars)
+        for index, (kind, _) in enumerate(KINDS):
+            trace = self.figure.data[index]
+            shares = [bar.part_bytes[index] / bar.width_bytes for bar in spec.bars]
+            trace.x, trace.base = shares, left
+            trace.hovertext = [f"<b>{bar.label}</b> {kind}: {_both(bar.part_bytes[index])}" for bar in spec.bars]
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+        limits, texts, _ = self.figure.data[len(KINDS) :]
+        limits.x = [bar.limit_bytes / bar.width_bytes for bar in spec.bars]
+        limits.hovertext = [f"<b>{bar.label}</b> limit: {_both(bar.limit_bytes)}" for bar in spec.bars]
+        texts.text = [bar.text for bar in spec.bars]
+
+    def _draw_layers(self, spec: ChartSpec) -> None:
+        layers = self.figure.data[-1]
+        layers.x = list(range(len(spec.blocks)))
+        layers.y = [block.size_bytes / spec.unit_bytes for block in spec.blocks]
+        # Plain colour strings: numbers with a colour scale take several times as long in the browser.
+        layers.marker.color = [block.colour for block in spec.blocks]
+        layers.marker.pattern.shape = ["x" if block.device_label == _NO_ROOM else "" for block in spec.blocks]
+        layers.hovertext = [block.hover for block in spec.blocks]
 
     def _lay_out(self, spec: ChartSpec, *, dark: bool, width_px: int) -> None:
         layout, inner_px = self.figure.layout, spec.height_px - _TOP_PX - _BOTTOM_PX
@@ -326,10 +351,8 @@ class Chart:
         layout.xaxis2.range = [-0.6, len(spec.blocks) - 0.4]
         layout.xaxis2.tickvals = list(spec.ticks)
         layout.xaxis2.ticktext = [spec.blocks[i].tick for i in spec.ticks]
-        if dark != self._dark:
-            self._dark = dark
-            ink, grid = ("#d9d9d9", "rgba(255,255,255,0.14)") if dark else ("#2b2b2b", "rgba(0,0,0,0.12)")
-            layout.font = {"color": ink, "size": 12, "family": "system-ui, -apple-system, Segoe UI, sans-serif"}
-            layout.yaxis2.gridcolor = layout.xaxis2.tickcolor = grid
-            self.figure.data[len(KINDS)].marker.line.color = ink
-            self.figure.data[len(KINDS)].marker.color = ink
+        ink, grid = ("#d9d9d9", "rgba(255,255,255,0.14)") if dark else ("#2b2b2b", "rgba(0,0,0,0.12)")
+        layout.font = {"color": ink, "size": 12, "family": "system-ui, -apple-system, Segoe UI, sans-serif"}
+        layout.yaxis2.gridcolor = layout.xaxis2.tickcolor = grid
+        limits = self.figure.data[len(KINDS)]
+        limits.marker.line.color = limits.marker.color = ink

@@ -37,7 +37,7 @@ class DevicesPanel:
 
     Attributes:
         box: What is shown.
-        rows: Device label to its controls: "use", "slider", "text" and "note".
+        rows: Device label to its controls: "use", "slider" and "text".
     """
 
     def __init__(self, state: State) -> None:
@@ -129,10 +129,7 @@ class DevicesPanel:
     def _rebuild(self, _: object = None) -> None:
         devices = self._state.machine.devices
         if [(d.id, d.name, d.total_bytes) for d in devices] == [(d.id, d.name, d.total_bytes) for d in self._shown]:
-            # The same devices with other free memory: nobody's slider is pulled from under their hand.
-            for device in devices:
-                self.rows[device.label]["note"].value = _device_note(device)
-            return
+            return  # the same devices with other free memory: nobody's slider is pulled from under their hand
         self._shown = devices
         for untie in self._untie:
             untie()
@@ -168,11 +165,17 @@ class DevicesPanel:
                 description=f"{device.label} memory",
                 continuous_update=False,
                 placeholder="not used",
+                tooltip=f"Memory of {device.label} that may be used, such as 2GiB, 2GB or 512MB",
             ),
             f"wb-memory-text-{short}",
             "wb-unseen-label",
         )
-        note = html("wb-note", value=_device_note(device))
+        note = html("wb-note")
+
+        def now() -> (
+            Device
+        ):  # with what is free at present; a machine that no longer has it is about to take the row away
+            return next((other for other in state.machine.devices if other.id == device.id), device)
 
         def budget_bytes() -> int | None:
             return state.budgets().get(device.id)
@@ -204,14 +207,10 @@ class DevicesPanel:
             used = budget_bytes() is not None
             if slider.disabled == used:
                 slider.disabled = text.disabled = not used
-            budget = budget_bytes()
-            tip = (
-                f"{budget:,} bytes; takes 2GiB, 2GB, 512MB, ..."
-                if budget is not None
-                else f"{device.label} is left out"
-            )
-            if text.tooltip != tip:
-                text.tooltip = tip
+            # ipywidgets shows no tooltip on a text box that has a label, so the exact bytes are the note's.
+            told = _device_note(now(), budget_bytes())
+            if note.value != told:
+                note.value = told
 
         show_use()
         state.observe(show_use, ["recipe", "machine"])
@@ -222,7 +221,7 @@ class DevicesPanel:
                 state,
                 "devices",
                 show=lambda: budget_bytes() is not None,
-                write=lambda used: self._set(device, state.machine.device(device.id).budget_bytes if used else None),
+                write=lambda used: self._set(device, now().budget_bytes if used else None),
             ),
             bind(
                 slider,
@@ -234,7 +233,7 @@ class DevicesPanel:
             ),
             bind(text, state, "devices", show=in_text, write=set_text),
         ]
-        self.rows[device.label] = {"use": use, "slider": slider, "text": text, "note": note}
+        self.rows[device.label] = {"use": use, "slider": slider, "text": text}
         return classed(w.Box([use, slider, text, note]), "wb-device")
 
     def _set(self, device: Device, size: int | str | None) -> None:
@@ -255,8 +254,9 @@ def _this_machine() -> Machine:
     return Machine.detect(accelerators="torch" in sys.modules)
 
 
-def _device_note(device: Device) -> str:
+def _device_note(device: Device, budget_bytes: int | None) -> str:
     tip = (
+        f"{'not used' if budget_bytes is None else f'{budget_bytes:,} bytes may be used'}; "
         f"{device.free_bytes:,} of {device.total_bytes:,} bytes free ({device.source}); "
         f"{device.reserved_bytes:,} bytes are kept back for {device.reserved_for}"
     )

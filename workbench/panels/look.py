@@ -142,7 +142,8 @@ class Page(anywidget.AnyWidget):
     """Tells what the page is like where this stands, and when that changes. It shows nothing.
 
     Plotly follows neither by itself: it knows nothing of the notebook's theme, and a figure that was drawn before its
-    place had a width keeps a width of its own.
+    place had a width keeps a width of its own. On the way it names the sliders' handles
+    for screen readers, and lets tooltips of labels that are not seen be seen.
 
     Attributes:
         dark: Whether the notebook is dark.
@@ -164,7 +165,30 @@ class Page(anywidget.AnyWidget):
       look();
       const ruler = new ResizeObserver(() => { if (el.clientWidth) tell("width_px", el.clientWidth); });
       ruler.observe(el);
-      return () => { watcher.disconnect(); ruler.disconnect(); };
+      // ipywidgets leaves the handles of its sliders without a name, and puts tooltips on labels, seen or not.
+      const name = () => {
+        for (const handle of document.querySelectorAll(".wb-root .noUi-handle:not([aria-label])")) {
+          const label = handle.closest(".widget-slider")?.querySelector("label")?.textContent;
+          if (label) handle.setAttribute("aria-label", label);
+        }
+        for (const control of document.querySelectorAll(".wb-root .wb-unseen-label")) {
+          const tip = control.querySelector("label")?.title ?? "";
+          if (tip && control.title !== tip) control.title = tip;
+        }
+      };
+      const namer = new MutationObserver(name);
+      let waiting = 0;
+      const begin = () => {
+        const root = el.closest(".wb-root");
+        if (!root) { waiting = requestAnimationFrame(begin); return; }
+        namer.observe(root, { childList: true, subtree: true, attributes: true, attributeFilter: ["title"] });
+        name();
+      };
+      begin();
+      return () => {
+        cancelAnimationFrame(waiting);
+        for (const each of [watcher, ruler, namer]) each.disconnect();
+      };
     } };
     """
     dark = Bool(default_value=False).tag(sync=True)

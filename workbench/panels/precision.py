@@ -180,12 +180,17 @@ class PrecisionPanel:
     def _skips(self) -> tuple[str, ...]:
         return getattr(self._state.recipe.precision, "skip_modules", ())
 
+    def _usual(self) -> tuple[str, ...]:
+        """What transformers leaves alone by itself: the first choice adds to it, where transformers would replace it."""
+        skeleton = self._state.skeleton
+        return () if skeleton is None else skeleton.default_skips
+
     def _set(self, **options: Any) -> None:
         self._state.update(precision=dataclasses.replace(self._state.recipe.precision, **options))
 
     def _set_skip_text(self, text: str) -> None:
         names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-        chosen = tuple(name for name in self._skips() if name in self.chips)
+        chosen = tuple(name for name in self._skips() or (self._usual() if names else ()) if name in self.chips)
         self._set(skip_modules=(*chosen, *(name for name in names if name not in chosen)))
 
     def _show_method(self, _: object = None) -> None:
@@ -213,7 +218,8 @@ class PrecisionPanel:
                 chip.value = name in self._skips()
         default = ", ".join(skeleton.default_skips) if skeleton else ""
         if self._skips():
-            note = "Names given here replace the usual choice" + (f" ({default})." if default else ".")
+            missing = [name for name in self._usual() if name not in self._skips()]
+            note = f"{', '.join(missing)} is quantized too." if missing else ""
         else:
             note = "None chosen: the usual choice stays unquantized" + (f" ({default})." if default else ".")
         if self._skip_note.value != escape(note):
@@ -230,7 +236,10 @@ class PrecisionPanel:
                 skips = self._skips()
                 if change["new"] == (name in skips):
                     return
-                wanted = (*skips, name) if change["new"] else tuple(skip for skip in skips if skip != name)
+                if change["new"]:
+                    wanted = tuple(dict.fromkeys((*(skips or self._usual()), name)))
+                else:
+                    wanted = tuple(skip for skip in skips if skip != name)
                 self._state.guarded("precision", lambda: self._set(skip_modules=wanted))()
                 chip.value = name in self._skips()
 

@@ -51,7 +51,7 @@ class LoadPanel:
         buttons = classed(w.HBox([self.load, self.cancel, self.unload]), "wb-row")
         self.box = w.VBox([buttons, problem_line(state, "load"), self._bar, self._text, self._differs, self._report])
         self.load.on_click(state.guarded("load", self._start))
-        self.cancel.on_click(state.guarded("load", lambda _: self._cancel.set()))
+        self.cancel.on_click(lambda _: self._cancel.set())  # waits for nothing, not even for the lock
         self.unload.on_click(state.guarded("load", self._unload))
         state.observe(self._show, ["activity", "session", "recipe", "machine", "placement"])
         state.observe(self._show_report, "session")
@@ -248,7 +248,7 @@ class GeneratePanel:
             ]
         )
         self.generate.on_click(state.guarded("generate", self._start))
-        self.stop.on_click(state.guarded("generate", self._stop))
+        self.stop.on_click(self._stop)  # waits for nothing, not even for the lock
         self.sample.observe(self._show, "value")
         state.observe(self._show, ["activity", "session"])
         self._show()

@@ -126,7 +126,9 @@ class State(HasTraits):
             self.set_trait("problems", {})
             answer = _Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement)
             self._publish(recipe, machine, answer)
-            self._want()
+            self._warm.add(_warmth(recipe))
+            if placement.kv_cache_bytes is None:
+                self._want()
 
     def settle(self, timeout: float | None = None) -> bool:
         """Wait until the planner has nothing left to do.
@@ -291,7 +293,7 @@ def as_sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ValueError) and text:
         return text
-    return f"That went wrong ({type(error).__name__}: {text[:300]}); what was there before is kept."
+    return f"Something went wrong here ({type(error).__name__}: {text[:300]}); the rest goes on."
 
 
 def bind(
