@@ -8,8 +8,14 @@ import tempfile
 from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workbench.precision import Precision
 
 # Test files import their neighbours (`from hub_server import HubServer`), which importlib mode does not arrange.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -107,3 +113,43 @@ def demo_model() -> Path:
     from workbench.model import fetch_demo_model
 
     return fetch_demo_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make a model of ``tiny_models.py`` by name, once: a folder to read, to be copied before changing."""
+    from tiny_models import make_tiny_model
+
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("models") / name
+            make_tiny_model(name, folder)
+            made[name] = folder
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_model: Callable[[str], Path]) -> Callable[[str, Precision], Any]:
+    """Load a model of ``tiny_models.py`` on the CPU with plain transformers, each precision once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    models: dict[tuple[str, Precision], Any] = {}
+
+    def load(name: str, precision: Precision) -> Any:
+        if (name, precision) not in models:
+            folder = tiny_model(name)
+            dtype = precision.dtype_of(str(AutoConfig.from_pretrained(folder).dtype).removeprefix("torch."))
+            models[name, precision] = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                device_map={"": "cpu"},
+                quantization_config=precision.to_config(dtype),
+            )
+        return models[name, precision]
+
+    return load

@@ -61,7 +61,7 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "bfloat16",
     ),
-    # A window of 32 in five layers of six, buffers, tied.
+    # A window of 80 in five layers of six, buffers, tied.
     "gemma3": (
         "Gemma3TextConfig",
         {
@@ -70,13 +70,13 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
             "head_dim": 16,
             "intermediate_size": 128,
             "num_hidden_layers": 7,
-            "sliding_window": 32,
+            "sliding_window": 80,
         },
         "bfloat16",
     ),
     "mistral": (
         "MistralConfig",
-        {**_COMMON, **_ATTENTION, "intermediate_size": 128, "num_hidden_layers": 2, "sliding_window": 96},
+        {**_COMMON, **_ATTENTION, "intermediate_size": 128, "num_hidden_layers": 2, "sliding_window": 200},
         "bfloat16",
     ),
     # A Linear of its own class, which bitsandbytes leaves alone; tied.
@@ -125,7 +125,8 @@ TINY_MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "num_hidden_layers": 2,
-            "sliding_window": 32,
+            "sliding_window": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
         "bfloat16",
     ),

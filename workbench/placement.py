@@ -11,7 +11,7 @@ import logging
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.hardware import DeviceId, Machine
 from workbench.model import refuses_unknown
@@ -150,33 +150,41 @@ def place(
     _check_skip_modules(recipe.precision, skeleton)
     meta = skeleton.meta_model(recipe.precision)
     sizes = sizes_of(skeleton, recipe.precision)
-    budgets = _budgets(recipe, machine)
-    if recipe.strategy == "custom":
-        device_map = dict(recipe.device_map or {})
-        _check_custom_map(device_map, budgets, skeleton, sizes)
-        unplaced: tuple[str, ...] = ()
-    else:
-        planned = _plan(meta, recipe.strategy, budgets)
-        unplaced = tuple(name for name, device in planned.items() if device not in budgets)
-        device_map = {name: device for name, device in planned.items() if device in budgets}
     cost = _cost(skeleton, recipe.precision, measure=measure)
-    draft = Placement(
-        device_map=device_map,
-        layers=(),
-        memory={},
-        verdict="does_not_fit",
-        summary="",
-        advice=(),
-        unplaced=unplaced,
-        dtype=meta.dtype,
-        total_bytes=0,
-        kv_cache_bytes=None,
-        machine=machine,
-        recipe=recipe,
-    )
-    draft = _account(draft, skeleton, sizes, cost, budgets)
-    verdict, summary, advice = judge(draft, skeleton, cost, lambda raised: _plan(meta, recipe.strategy, raised))
-    return replace(draft, verdict=verdict, summary=summary, advice=advice)
+
+    def attempt(tried: Recipe, device_map: Mapping[str, DeviceId] | None = None) -> Placement:
+        """Place, but do not judge, a recipe whose tensors are those of the given one."""
+        budgets = _budgets(tried, machine)
+        planned = device_map or _map(tried, meta, budgets, skeleton, sizes)
+        draft = Placement(
+            device_map={name: device for name, device in planned.items() if device in budgets},
+            layers=(),
+            memory={},
+            verdict="does_not_fit",
+            summary="",
+            advice=(),
+            unplaced=tuple(name for name, device in planned.items() if device not in budgets),
+            dtype=meta.dtype,
+            total_bytes=0,
+            kv_cache_bytes=None,
+            machine=machine,
+            recipe=tried,
+        )
+        return _account(draft, skeleton, sizes, cost, budgets)
+
+    placement = attempt(recipe)
+    verdict, summary, advice = judge(placement, skeleton, attempt)
+    return replace(placement, verdict=verdict, summary=summary, advice=advice)
+
+
+def _map(
+    recipe: Recipe, meta: MetaModel, budgets: Mapping[DeviceId, int], skeleton: Skeleton, sizes: Sizes
+) -> Mapping[str, DeviceId]:
+    if recipe.strategy != "custom":
+        return _plan(meta, recipe.strategy, budgets)
+    device_map = recipe.device_map or {}
+    _check_custom_map(device_map, budgets, skeleton, sizes)
+    return device_map
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -261,11 +269,35 @@ _costs: weakref.WeakKeyDictionary[MetaModel, Cost | None] = weakref.WeakKeyDicti
 # --- the strategies, as transformers has them -------------------------------------------------------------------------
 
 
+class _ElementSizes:
+    """Answers the planner's one question to a quantizer from memory: it asks for every tensor, several times a plan."""
+
+    def __init__(self, meta: MetaModel) -> None:
+        tensors = (*meta.module.named_parameters(), *meta.module.named_buffers())
+        quantizer: Any = meta.quantizer
+        self._sizes: dict[int, float] = {
+            id(t): quantizer.param_element_size(meta.module, name, t) for name, t in tensors
+        }
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:  # noqa: ARG002 - as it is called
+        return self._sizes[id(param)]
+
+
+_all_element_sizes: weakref.WeakKeyDictionary[MetaModel, _ElementSizes] = weakref.WeakKeyDictionary()
+
+
+def _element_sizes(meta: MetaModel) -> _ElementSizes:
+    if meta not in _all_element_sizes:
+        _all_element_sizes[meta] = _ElementSizes(meta)
+    return _all_element_sizes[meta]
+
+
 def _plan(meta: MetaModel, strategy: str, budgets: Mapping[DeviceId, int]) -> dict[str, DeviceId]:
     """What ``from_pretrained(device_map=strategy, max_memory=budgets)`` computes; "disk" where nothing has room."""
     from transformers.integrations import accelerate as planner
 
     module, quantizer = meta.module, meta.quantizer
+    sizes = None if quantizer is None else _element_sizes(meta)
     no_split = module._no_split_modules  # noqa: SLF001 - see the module's docstring
     try:
         with _without_warnings_about_absent_devices():
@@ -276,7 +308,7 @@ def _plan(meta: MetaModel, strategy: str, budgets: Mapping[DeviceId, int]) -> di
                     module,
                     max_memory=dict(budgets),
                     no_split_module_classes=no_split,
-                    hf_quantizer=quantizer,
+                    hf_quantizer=sizes,
                     low_zero=strategy == "balanced_low_0",
                 )
             if quantizer is not None:
@@ -286,7 +318,7 @@ def _plan(meta: MetaModel, strategy: str, budgets: Mapping[DeviceId, int]) -> di
                     module,
                     max_memory=memory,
                     no_split_module_classes=no_split,
-                    hf_quantizer=quantizer,
+                    hf_quantizer=sizes,
                     no_placement_params=getattr(module, "_no_placement_params", None),
                 )
             )
@@ -355,11 +387,13 @@ class _Homes:
         gpus = [device for device in budgets if device in used and device not in ("cpu", "disk")]
         slow: frozenset[DeviceId] = frozenset({"cpu", "disk"})
         keeps = not isinstance(recipe.precision, FullPrecision) and recipe.precision.fp32_cpu_offload
+        # The names on the CPU and disk become skip_modules, and the root's name, "", ends every name.
+        everywhere = device_map.get("") in slow
         return cls(
             device_map=device_map,
             main=gpus[0] if gpus else "cpu",
             offloaded=slow if gpus else frozenset({"disk"}),
-            unquantized=slow if keeps else frozenset(),
+            unquantized=(frozenset(budgets) if everywhere else slow) if keeps else frozenset(),
         )
 
     def runs_on(self, device: DeviceId) -> DeviceId:

@@ -81,9 +81,8 @@ def sizes_of(skeleton: Skeleton, precision: Precision) -> Sizes:
 
 
 def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
-    original = skeleton.meta_model(FullPrecision())
-    before = {name: tensor.nbytes for name, tensor in _named_tensors(original.module)}
-    upcast = _upcast_tensors(meta)
+    before = _unquantized_bytes(skeleton.meta_model(FullPrecision()))
+    unquantized = _unquantized_bytes(meta)
     tensors = []
     for name, tensor in _named_tensors(meta.module):
         if name in skeleton.tied:
@@ -95,7 +94,7 @@ def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
             and meta.quantizer.param_needs_quantization(meta.module, name)
             and isinstance(precision, (Int8, FourBit))
         )
-        kept = tensor.numel() * (4 if name in upcast else tensor.element_size())
+        kept = unquantized[name]
         after = precision.quantized_bytes(tuple(tensor.shape)) if quantized else kept  # type: ignore[union-attr]
         tensors.append(
             TensorSize(
@@ -139,19 +138,24 @@ def _is_parameter(tensor: Any) -> bool:
     return isinstance(tensor, torch.nn.Parameter)
 
 
-def _upcast_tensors(meta: MetaModel) -> frozenset[str]:
-    """Names of the tensors that ``from_pretrained`` keeps in float32 whatever dtype is asked for.
+def _unquantized_bytes(meta: MetaModel) -> dict[str, int]:
+    """Bytes of each tensor as it is loaded where nothing quantizes it.
 
-    Saved buffers are among them (DeepSeek's routers); what is not saved is not cast.
+    Some are kept in float32 whatever dtype is asked for. Saved buffers are among them (DeepSeek's routers); what is
+    not saved is not cast.
     """
     import torch
     from transformers.core_model_loading import build_glob_alternation
 
+    upcast: frozenset[str] = frozenset()
     plan = meta.module._get_dtype_plan(getattr(torch, meta.dtype))  # noqa: SLF001 - see the module's docstring
-    if not plan:
-        return frozenset()
-    pattern = build_glob_alternation(list(plan))[0]
-    return frozenset(name for name in meta.module.state_dict() if pattern.search(name))
+    if plan:
+        pattern = build_glob_alternation(list(plan))[0]
+        upcast = frozenset(name for name in meta.module.state_dict() if pattern.search(name))
+    return {
+        name: tensor.numel() * (4 if name in upcast else tensor.element_size())
+        for name, tensor in _named_tensors(meta.module)
+    }
 
 
 def nearest(name: str, candidates: Mapping[str, Any] | set[str]) -> str | None:
@@ -169,21 +173,34 @@ def device_of(name: str, device_map: Mapping[str, DeviceId]) -> DeviceId | None:
     return None if key is None else device_map[key]
 
 
+_totals: weakref.WeakKeyDictionary[Skeleton, dict[Precision, int]] = weakref.WeakKeyDictionary()
+
+
 def smaller_precisions(skeleton: Skeleton, current: Precision) -> list[tuple[str, int]]:
     """Total weight bytes under the precisions that are smaller than the current one, from the shapes alone."""
     if isinstance(current, FourBit):
         return []
+    if skeleton not in _totals:
+        _totals[skeleton] = {precision: _quantized_total(skeleton, precision) for precision in (Int8(), FourBit())}
+    smaller = (Int8(), FourBit()) if isinstance(current, FullPrecision) else (FourBit(),)
+    return [(precision.label, _totals[skeleton][precision]) for precision in smaller]
+
+
+def _quantized_total(skeleton: Skeleton, precision: Int8 | FourBit) -> int:
+    from transformers.pytorch_utils import Conv1D
+
     module = skeleton.meta_model(FullPrecision()).module
-    convertible = {f"{name}.weight" for name in skeleton.linear_modules if name not in skeleton.default_skips}
-    found = []
-    for precision in (Int8(), FourBit()) if isinstance(current, FullPrecision) else (FourBit(),):
-        size = sum(
-            precision.quantized_bytes(tuple(tensor.shape)) if name in convertible else tensor.nbytes
-            for name, tensor in _named_tensors(module)
-            if name not in skeleton.tied
-        )
-        found.append((precision.label, size))
-    return found
+    convertible = {}
+    for name in skeleton.linear_modules:
+        if name not in skeleton.default_skips:
+            child = module.get_submodule(name)
+            shape = tuple(child.weight.shape)
+            convertible[f"{name}.weight"] = shape[::-1] if isinstance(child, Conv1D) else shape  # Conv1D is (in, out)
+    return sum(
+        precision.quantized_bytes(convertible[name]) if name in convertible else tensor.nbytes
+        for name, tensor in _named_tensors(module)
+        if name not in skeleton.tied
+    )
 
 
 # --- after a load --------------------------------------------------------------------------------------------------

@@ -7,15 +7,17 @@ import threading
 from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench.model import ModelRef, Source, find_model, read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from workbench.precision import Precision
 
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 _KEPT = 8  # skeletons, and quantized variants of them, that stay in memory
 
 
@@ -62,6 +64,30 @@ class _Turn:
 
 
 turn = _Turn()
+_shelves = threading.Lock()
+
+
+def _kept(shelf: OrderedDict[_K, _V], key: _K, make: Callable[[], _V]) -> _V:
+    """Return what is kept under a key, the last few used; only making it takes a turn, so a known model never waits."""
+
+    def find() -> _V | None:
+        with _shelves:
+            if key in shelf:
+                shelf.move_to_end(key)
+            return shelf.get(key)
+
+    found = find()
+    if found is not None:
+        return found
+    with turn.build():
+        found = find()  # another thread may have made it while this one waited
+        if found is None:
+            found = make()
+            with _shelves:
+                shelf[key] = found
+                while len(shelf) > _KEPT:
+                    shelf.popitem(last=False)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +153,7 @@ class Skeleton:
         Raises:
             ValueError: If the precision's library is missing.
         """
-        with turn.build():
-            if precision not in self._variants:
-                self._variants[precision] = _build(self, precision)
-                while len(self._variants) > _KEPT:
-                    self._variants.popitem(last=False)
-            self._variants.move_to_end(precision)
-            return self._variants[precision]
+        return _kept(self._variants, precision, lambda: _build(self, precision))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,13 +180,7 @@ def read_skeleton(ref: ModelRef | str) -> Skeleton:
     ref = ModelRef.parse(ref)
     source = find_model(ref)
     key = (ref, source.fingerprint)
-    with turn.build():
-        if key not in _skeletons:
-            _skeletons[key] = _read(source)
-            while len(_skeletons) > _KEPT:
-                _skeletons.popitem(last=False)
-        _skeletons.move_to_end(key)
-        return _skeletons[key]
+    return _kept(_skeletons, key, lambda: _read(source))
 
 
 def _read(source: Source) -> Skeleton:

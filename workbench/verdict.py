@@ -3,89 +3,134 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from workbench.hardware import DeviceId, device_label, format_bytes
+from workbench.hardware import DeviceId, device_label, format_bytes, parse_bytes
 from workbench.precision import FullPrecision
 from workbench.sizes import sizes_of, smaller_precisions
-from workbench.workload import Cost, Workload
+from workbench.workload import Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from workbench.placement import Layer, Placement, Verdict
+    from workbench.recipe import Recipe
     from workbench.skeleton import Skeleton
 
 
-def judge(
-    placement: Placement,
-    skeleton: Skeleton,
-    cost: Cost | None,
-    replan: Callable[[dict[DeviceId, int]], dict[str, DeviceId]],
-) -> tuple[Verdict, str, tuple[str, ...]]:
+class Attempt(Protocol):
+    """Places, but does not judge, a recipe for the same model, machine and tensor sizes: to try out advice."""
+
+    def __call__(self, tried: Recipe, device_map: Mapping[str, DeviceId] | None = None) -> Placement:
+        """Place a recipe; a ``device_map`` spares the planning where the map cannot change."""
+
+
+def judge(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[Verdict, str, tuple[str, ...]]:
     """Judge a placement of which everything is known but the verdict.
 
     Args:
         placement: With bytes, layers and map filled in.
         skeleton: Its model.
-        cost: Its cache and activations, if they are known.
-        replan: Budgets in bytes to the map that the recipe's strategy would give; advice is tried out with it.
+        attempt: Tries out advice before it is given: what is advised with numbers works.
 
     Returns:
         Verdict, summary and advice.
     """
-    memory, precision = placement.memory, placement.recipe.precision
-    homeless = [layer for layer in placement.layers if layer.device is None]
-    waiting = list(placement.waiting)
-    unquantizable = waiting and not isinstance(precision, FullPrecision) and not precision.fp32_cpu_offload
-    over_limit = {d: m.weight_bytes + m.reserved_bytes - m.limit_bytes for d, m in memory.items()}
-    # The checkpoint's own file serves as the offload store, so free disk is no bound.
-    over_device = {d: -m.free_bytes for d, m in memory.items() if d != "disk"}
-    short = {d: max(over_limit[d], over_device.get(d, 0)) for d in memory}
-    short = {d: missing for d, missing in short.items() if missing > 0}
-
+    trouble, summary = _assess(placement)
     verdict: Verdict = "does_not_fit"
     advice = _advice_impossible_budgets(placement)
-    if homeless:
-        summary = (
-            f"Does not fit: {_span(homeless)} ({format_bytes(sum(layer.bytes_after for layer in homeless))} of "
-            f"{format_bytes(placement.total_bytes)}) has no room."
-        )
-        advice += [*_advice_one_device(placement, cost), *_advice_no_room(placement, homeless, replan)]
-    elif unquantizable:
-        summary = (
-            f"Does not fit: {_span(waiting)} would wait on {_places(waiting)}, where bitsandbytes does not quantize "
-            "unless fp32_cpu_offload is on."
-        )
-        advice += [*_advice_one_device(placement, cost), *_advice_unquantizable(placement)]
-    elif short:
-        summary = (
-            f"Does not fit: {', '.join(f'{device_label(d)} is short by {format_bytes(n)}' for d, n in short.items())}."
-        )
-        advice += _advice_short(placement, short, over_limit, cost)
-    elif waiting:
-        verdict = "offloads"
-        summary = (
-            f"Offloads: {_span(waiting)} ({format_bytes(sum(layer.bytes_after for layer in waiting))}) waits on "
-            f"{_places(waiting)} and is fetched to run."
-        )
-        advice += _advice_one_device(placement, cost)
+    if trouble in ("homeless", "unquantizable", "offloads"):
+        advice += _advice_one_device(placement, attempt)
+    if trouble == "homeless":
+        advice += [*_advice_raise(placement, attempt), *_advice_overflow(placement, attempt)]
+    elif trouble == "unquantizable":
+        advice += [*_advice_raise(placement, attempt), *_advice_unquantizable(placement, attempt)]
+    elif trouble == "nowhere to run":
+        advice += _advice_overflow(placement, attempt)
+    elif trouble == "short":
+        advice += _advice_short(placement, attempt)
     else:
-        verdict = "fits"
-        summary = "Fits on " + " + ".join(
-            f"{device_label(d)} ({format_bytes(m.used_bytes)} of {format_bytes(m.capacity_bytes)})"
-            for d, m in memory.items()
-            if m.weight_bytes
-        )
-        summary += "."
+        verdict = trouble
     if verdict != "fits":
         advice += _advice_smaller(placement, skeleton)
     advice += _advice_quantizes_little(placement, skeleton)
     return verdict, summary, tuple(advice)
 
 
+_Trouble = Literal["homeless", "unquantizable", "nowhere to run", "short", "offloads", "fits"]
+
+
+def _assess(placement: Placement) -> tuple[_Trouble, str]:
+    """What is the matter with a placement, in a word and in a sentence."""
+    memory, precision = placement.memory, placement.recipe.precision
+    homeless, waiting = _homeless(placement), list(placement.waiting)
+    if homeless:
+        share = f"{_total(homeless)} of {format_bytes(placement.total_bytes)}"
+        return "homeless", f"Does not fit: {_span(homeless)} ({share}) has no room."
+    if waiting and not isinstance(precision, FullPrecision) and not precision.fp32_cpu_offload:
+        return "unquantizable", (
+            f"Does not fit: {_span(waiting)} would wait on {_places(waiting)}, where bitsandbytes does not quantize "
+            "unless fp32_cpu_offload is on."
+        )
+    if waiting and all(device == "disk" for device in placement.device_map.values()) and "cpu" not in memory:
+        return "nowhere to run", "Does not fit: what waits on disk would run on the CPU, which max_memory leaves out."
+    short = {d: max(_over_limit(placement, d), _over_device(placement, d)) for d in memory}
+    short = {d: missing for d, missing in short.items() if missing > 0}
+    if short:
+        return "short", (
+            f"Does not fit: {', '.join(f'{device_label(d)} is short by {format_bytes(n)}' for d, n in short.items())}."
+        )
+    if waiting:
+        return "offloads", (
+            f"Offloads: {_span(waiting)} ({_total(waiting)}) waits on {_places(waiting)} and is fetched to run."
+        )
+    parts = (
+        f"{device_label(d)} ({format_bytes(m.used_bytes)} of {format_bytes(m.capacity_bytes)})"
+        for d, m in memory.items()
+        if m.weight_bytes
+    )
+    return "fits", f"Fits on {' + '.join(parts)}."
+
+
+def _works(attempt: Attempt, recipe: Recipe, device_map: Mapping[str, DeviceId] | None = None) -> bool:
+    try:
+        return _assess(attempt(recipe, device_map))[0] in ("offloads", "fits")
+    except ValueError:  # what transformers itself cannot plan
+        return False
+
+
+def _homeless(placement: Placement) -> list[Layer]:
+    return [layer for layer in placement.layers if layer.device is None]
+
+
+def _over_limit(placement: Placement, device: DeviceId) -> int:
+    m = placement.memory[device]
+    return m.weight_bytes + m.reserved_bytes - m.limit_bytes
+
+
+def _over_device(placement: Placement, device: DeviceId) -> int:
+    # The checkpoint's own file serves as the offload store, so free disk is no bound.
+    return 0 if device == "disk" else -placement.memory[device].free_bytes
+
+
 def _gpus(placement: Placement) -> list[DeviceId]:
     return [d for d in placement.memory if d not in ("cpu", "disk")]
+
+
+def _limits(placement: Placement) -> dict[DeviceId, int]:
+    return {device: m.limit_bytes for device, m in placement.memory.items()}
+
+
+def _as_said(size_bytes: int, *, up: bool) -> int:
+    """The nearest size, upwards or downwards, that the text which people read and type gives exactly."""
+    step_bytes = 2**30 // 10 if size_bytes >= 2**30 else 2**20 if size_bytes >= 2**20 else 2**10
+    said_bytes = parse_bytes(format_bytes(max(size_bytes, 0)))
+    if up and said_bytes < size_bytes:
+        return parse_bytes(format_bytes(size_bytes + step_bytes))
+    if not up and said_bytes > size_bytes:
+        return parse_bytes(format_bytes(max(size_bytes - step_bytes, 0)))
+    return said_bytes
 
 
 def _advice_impossible_budgets(placement: Placement) -> list[str]:
@@ -97,86 +142,118 @@ def _advice_impossible_budgets(placement: Placement) -> list[str]:
     ]
 
 
-def _advice_one_device(placement: Placement, cost: Cost | None) -> list[str]:
+def _advice_one_device(placement: Placement, attempt: Attempt) -> list[str]:
     """One device that could take everything, which the strategies miss because they keep room for a second layer."""
-    needed = placement.total_bytes + (0 if cost is None else _extra_bytes(placement.recipe.workload, cost))
     for device in _gpus(placement) or ["cpu"]:
         m = placement.memory.get(device)
-        if m is not None and placement.total_bytes <= m.limit_bytes and needed <= m.capacity_bytes:
-            of = f"{format_bytes(needed)} of {format_bytes(m.limit_bytes)}"
+        if m is None or placement.total_bytes > m.limit_bytes:
+            continue
+        whole = attempt(placement.recipe.with_(strategy="custom", device_map={"": device}))
+        if _assess(whole)[0] == "fits":
+            of = f"{format_bytes(whole.memory[device].used_bytes)} of {format_bytes(m.capacity_bytes)}"
             custom = f'strategy="custom" with device_map={{"": {device!r}}}'
             return [f"All of it would fit on {device_label(device)} ({of}): {custom}."]
     return []
 
 
-def _advice_no_room(
-    placement: Placement, homeless: list[Layer], replan: Callable[[dict[DeviceId, int]], dict[str, DeviceId]]
-) -> list[str]:
-    """How much more budget would do, tried out with the planner before it is said."""
-    advice = []
+def _advice_raise(placement: Placement, attempt: Attempt) -> list[str]:
+    """How much more budget would do, on the device with the most to spare."""
     recipe, memory = placement.recipe, placement.memory
-    limits = {d: m.limit_bytes for d, m in memory.items()}
+    if recipe.strategy == "custom":
+        return []
+    layers = _homeless(placement) or list(placement.waiting)
+    quantizes = not isinstance(recipe.precision, FullPrecision)
     room = {d: m.capacity_bytes - m.limit_bytes for d, m in memory.items() if d != "disk"}
+    if quantizes and _gpus(placement):
+        room.pop("cpu", None)  # more there would only make more of it wait unquantized
     device = max(room, key=lambda d: room[d], default=None)
-    if device is not None and room[device] > 0 and recipe.strategy != "custom":
-        need = sum(layer.bytes_after for layer in homeless) + max(layer.bytes_after for layer in homeless)
-        if not isinstance(recipe.precision, FullPrecision):
-            need = math.ceil(need / 0.9)  # transformers keeps a tenth of every budget free under bitsandbytes
-        raised = {**limits, device: limits[device] + min(need, room[device])}
-        if set(replan(raised).values()) <= set(raised):
-            advice.append(
-                f"Raise {device_label(device)} from {format_bytes(limits[device])} to {format_bytes(raised[device])}."
-            )
-    if "cpu" not in memory:
-        advice.append('Add "cpu" to max_memory to let layers wait in RAM.')
-    elif "disk" not in memory and isinstance(recipe.precision, FullPrecision):
-        advice.append('Add "disk" to max_memory to let layers wait on disk (slow).')
-    return advice
+    left_over = sum(layer.bytes_after for layer in layers)
+    if device is None or room[device] < left_over:  # planning is the dear part of a slider's move
+        return []
+    # Room for what is left over, and for the largest layer, which the strategies keep free.
+    need = left_over + max(layer.bytes_after for layer in placement.layers)
+    if quantizes:
+        need = math.ceil(need / 0.9)  # transformers keeps a tenth of every budget free under bitsandbytes
+    capacity = memory[device].capacity_bytes
+    raised = min(_as_said(memory[device].limit_bytes + need, up=True), _as_said(capacity, up=False))
+    if raised <= memory[device].limit_bytes:
+        return []
+    if not _works(attempt, recipe.with_(max_memory={**_limits(placement), device: raised})):
+        return []
+    return [_raise(placement, {device: raised})]
 
 
-def _advice_unquantizable(placement: Placement) -> list[str]:
-    gpus = _gpus(placement)
-    if not gpus:
+def _raise(placement: Placement, raised: Mapping[DeviceId, int]) -> str:
+    changes = (
+        f"{device_label(device)} from {format_bytes(placement.memory[device].limit_bytes)} to {format_bytes(limit)}"
+        for device, limit in raised.items()
+    )
+    return f"Raise {' and '.join(changes)}."
+
+
+def _advice_overflow(placement: Placement, attempt: Attempt) -> list[str]:
+    """Let the rest wait in RAM, or on disk, where that was not offered."""
+    recipe, machine = placement.recipe, placement.machine
+    if recipe.strategy == "custom":
+        return []
+    device, advice = "cpu", 'Add "cpu" to max_memory to let layers wait in RAM.'
+    if "cpu" in placement.memory:
+        device, advice = "disk", 'Add "disk" to max_memory to let layers wait on disk (slow).'
+    if device in placement.memory:
+        return []
+    budget = machine.device(device).budget_bytes
+    if device == "cpu" and budget < sum(layer.bytes_after for layer in _homeless(placement)):
+        return []
+    limits = {**_limits(placement), device: budget}
+    return [advice] if _works(attempt, recipe.with_(max_memory=limits)) else []
+
+
+def _advice_unquantizable(placement: Placement, attempt: Attempt) -> list[str]:
+    recipe = placement.recipe
+    if isinstance(recipe.precision, FullPrecision):
+        return []
+    if not _gpus(placement):
         return ["Without a GPU, fp32_cpu_offload would leave everything unquantized: raise the budget of cpu instead."]
-    return [
-        f"Set fp32_cpu_offload=True to keep those modules unquantized, or give {device_label(gpus[0])} more memory."
-    ]
+    keeping = recipe.with_(precision=replace(recipe.precision, fp32_cpu_offload=True))
+    if not _works(attempt, keeping, placement.device_map):
+        return []
+    return ["Set fp32_cpu_offload=True to keep those modules unquantized."]
 
 
-def _advice_short(
-    placement: Placement, short: dict[DeviceId, int], over_limit: dict[DeviceId, int], cost: Cost | None
-) -> list[str]:
+def _advice_short(placement: Placement, attempt: Attempt) -> list[str]:
     advice = []
-    for device, missing in short.items():
-        m = placement.memory[device]
-        needed = m.limit_bytes + over_limit[device]
-        if over_limit[device] > 0 and needed <= m.capacity_bytes:
-            advice.append(f"Raise {device_label(device)} from {format_bytes(m.limit_bytes)} to {format_bytes(needed)}.")
-        extra = (m.kv_cache_bytes or 0) + (m.activation_bytes or 0)
-        if cost is None or missing > extra:
-            continue
-        if len(placement.memory) > 1 and placement.recipe.strategy != "custom" and m.capacity_bytes > extra:
+    recipe, memory, limits = placement.recipe, placement.memory, _limits(placement)
+    over = [d for d in memory if _over_limit(placement, d) > 0]
+    full = [d for d in memory if _over_device(placement, d) > 0]
+    raised = {d: _as_said(limits[d] + _over_limit(placement, d), up=True) for d in over}
+    if raised and _works(attempt, recipe.with_(max_memory={**limits, **raised})):
+        advice.append(_raise(placement, raised))
+    if full and recipe.strategy != "custom":
+        lowered = {
+            d: _as_said(memory[d].capacity_bytes - memory[d].used_bytes + memory[d].weight_bytes, up=False)
+            for d in full
+            if memory[d].used_bytes - memory[d].weight_bytes < memory[d].capacity_bytes
+        }
+        if lowered and _works(attempt, recipe.with_(max_memory={**limits, **lowered})):
+            changes = (f"{device_label(d)} to at most {format_bytes(limit)}" for d, limit in lowered.items())
             advice.append(
-                f"Lower the budget of {device_label(device)} to at most {format_bytes(m.capacity_bytes - extra)}: the "
-                "strategies fill a budget with weights and leave no room for cache and activations."
+                f"Lower the budget of {' and of '.join(changes)}: the strategies fill a budget with weights and leave "
+                "no room for cache and activations."
             )
-        context = _longest_context(placement.recipe.workload, cost, share=(extra - missing) / extra)
-        if context:
-            advice.append(f"A context of {context:,} tokens would fit.")
+    context = 0 if over else _longest_context(placement, attempt)
+    if context:
+        advice.append(f"A context of {context:,} tokens would fit.")
     return advice
 
 
-def _extra_bytes(workload: Workload, cost: Cost) -> int:
-    return sum(cost.cache_bytes(workload)) + max(cost.activation_bytes(workload).values(), default=0)
-
-
-def _longest_context(workload: Workload, cost: Cost, *, share: float) -> int:
-    """The longest context whose cache and activations are at most a share of what they are now; 0 if there is none."""
-    room_bytes = share * _extra_bytes(workload, cost)
-    low, high = 0, workload.context_length
+def _longest_context(placement: Placement, attempt: Attempt) -> int:
+    """The longest context with which the same map works; 0 if there is none."""
+    recipe = placement.recipe
+    low, high = 0, recipe.workload.context_length
     while low < high:
         middle = (low + high + 1) // 2
-        if _extra_bytes(Workload(context_length=middle, batch_size=workload.batch_size), cost) <= room_bytes:
+        workload = Workload(context_length=middle, batch_size=recipe.workload.batch_size)
+        if _works(attempt, recipe.with_(workload=workload), placement.device_map):
             low = middle
         else:
             high = middle - 1
@@ -216,3 +293,7 @@ def _span(layers: list[Layer]) -> str:
 
 def _places(layers: list[Layer]) -> str:
     return " and ".join(dict.fromkeys(device_label(layer.device) for layer in layers if layer.device is not None))
+
+
+def _total(layers: list[Layer]) -> str:
+    return format_bytes(sum(layer.bytes_after for layer in layers))

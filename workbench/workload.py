@@ -134,6 +134,8 @@ def _fused_attention() -> Any:
     class Fused(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
+            if func is torch.Tensor.__contains__:
+                return False  # models look for padding among the ids, which have no values here
             if func is scaled_dot_product_attention:
                 query = args[0] if args else kwargs["query"]
                 value = args[2] if len(args) > 2 else kwargs["value"]
@@ -157,12 +159,12 @@ def _prefill(module: Any, tokens: int) -> Any:
 
 
 def _cache_bytes(output: Any) -> list[int]:
-    """Bytes of every tensor in each layer of the cache that a forward returned."""
+    """Bytes of each layer of the cache that a forward returned, less counters (what has no batch dimension)."""
     cache = output.get("past_key_values") or output.get("cache_params")
     layers = getattr(cache, "layers", None)
     if layers is None:
         layers = [cache] if cache is not None else []
-    return [sum(t.nbytes for t in _tensors(layer, set())) for layer in layers]
+    return [sum(t.nbytes for t in _tensors(layer, set()) if t.dim() > 1) for layer in layers]
 
 
 def _tensors(value: Any, seen: set[int]) -> list[Any]:

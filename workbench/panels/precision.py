@@ -181,7 +181,7 @@ class PrecisionPanel:
         return getattr(self._state.recipe.precision, "skip_modules", ())
 
     def _usual(self) -> tuple[str, ...]:
-        """What transformers leaves alone by itself: the first choice adds to it, where transformers would replace it."""
+        """What transformers leaves alone by itself; a first choice is added to it, and does not replace it."""
         skeleton = self._state.skeleton
         return () if skeleton is None else skeleton.default_skips
 
