@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
@@ -22,3 +23,5 @@ class PromptKernelConnection(ZMQChannelsWebsocketConnection):
 
 c = get_config()  # type: ignore[name-defined]  # noqa: F821 - traitlets puts it there
 c.ServerApp.kernel_websocket_connection_class = PromptKernelConnection
+# Runs workbench.ipynb when it is opened, see there.
+c.LabServerApp.extra_labextensions_path = [str(Path(__file__).parent / "labextensions")]
