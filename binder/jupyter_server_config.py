@@ -25,3 +25,6 @@ c = get_config()  # type: ignore[name-defined]  # noqa: F821 - traitlets puts it
 c.ServerApp.kernel_websocket_connection_class = PromptKernelConnection
 # Runs workbench.ipynb when it is opened, see there.
 c.LabServerApp.extra_labextensions_path = [str(Path(__file__).parent / "labextensions")]
+# No pop-ups over the workbench, and no request for them.
+c.LabApp.news_url = None
+c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"

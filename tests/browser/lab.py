@@ -177,11 +177,12 @@ class Lab:
         self.page = self.context.new_page()
         self.page.on("websocket", self._on_websocket)
 
-    def open(self, notebook: Path | Sequence[str]) -> None:
+    def open(self, notebook: Path | Sequence[str], *, folder: str = "") -> None:
         """Open a notebook of this page's own and return when its kernel can be asked.
 
         Args:
             notebook: A notebook file, which is copied, or the source of each code cell.
+            folder: Keep the file's own name, in a folder of this name; else it gets a number.
         """
         if isinstance(notebook, Path):
             content = nbformat.read(notebook, as_version=4)
@@ -190,6 +191,9 @@ class Lab:
         # A notebook that names no kernel makes JupyterLab ask for one.
         content.metadata.setdefault("kernelspec", {"name": "python3", "display_name": "Python 3", "language": "python"})
         name = f"test-{next(_NUMBERS)}.ipynb"
+        if folder and isinstance(notebook, Path):
+            name = f"{folder}/{notebook.name}"
+            (self.server.root / folder).mkdir()
         nbformat.write(content, self.server.root / name)
         self.page.goto(f"{self.server.url}/lab/tree/{quote(name)}?reset&token={self.server.token}")
         self._wait_ready()

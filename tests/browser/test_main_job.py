@@ -32,7 +32,9 @@ _SCREEN = """() => {
         threshold: Number(document.querySelector(".wb-threshold .noUi-handle").getAttribute("aria-valuetext")),
         offload: ticked("wb-fp32-offload"),
         cpu: ticked("wb-use-cpu"), disk: ticked("wb-use-disk"), cpu_memory: value("wb-memory-text-cpu"),
-        cpu_slider: Number(document.querySelector(".wb-memory-cpu .noUi-handle").getAttribute("aria-valuetext")),
+        cpu_slider: Number(Number(
+            document.querySelector(".wb-memory-cpu .noUi-handle").getAttribute("aria-valuetext")
+        ).toFixed(6)),  // the browser counts steps and arrives at 9.399999999999999
         context: Number(value("wb-context")), batch: Number(value("wb-batch")),
     };
 }"""
@@ -81,6 +83,13 @@ def verdict(lab: Lab, words: str) -> None:
 
 def open_tab(lab: Lab, name: str) -> None:
     lab.page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_the_workbench_shows_without_a_key_press(lab: Lab) -> None:
+    """As after `make lab`: the notebook is opened under its own name, and runs."""
+    lab.open(NOTEBOOK, folder="opened")
+    verdict(lab, "Fits")
+    assert lab.evaluate("str(bench.recipe.model)") == "demo"
 
 
 def test_pick_budget_preview_load_ask_stop_and_unload(lab: Lab) -> None:
