@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 
+import workbench as wb
 from workbench.packed import _CROSSING_SECONDS, Bin, Item, pack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 GPU, RAM, DISK = 1 / 900e9, 1 / 12e9, 1 / 1e9  # seconds a byte
 
@@ -165,3 +171,66 @@ def test_spills_to_ram_then_to_disk_then_nowhere() -> None:
     disk = Bin(id="disk", limit_bytes=200, capacity_bytes=200, seconds_per_byte=DISK)
     placed = pack(items, [gpu(0, 200)], [ram(200), disk])
     assert list(placed.values()) == [0, "cpu", "cpu", "disk", "disk", None]
+
+
+def big_vocabulary(folder: Path) -> Path:
+    """A Llama of 3.9 GiB of which each of embedding and head is a quarter: config only."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=256_000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", [wb.FullPrecision(), wb.FourBit(fp32_cpu_offload=True)], ids=["bf16", "nf4"])
+def test_it_mends_what_auto_puts_on_the_cpu_whole(tmp_path: Path, precision: wb.FullPrecision | wb.FourBit) -> None:
+    """Eight GPUs whose budgets add up to twice the model, each too small for the embedding."""
+    folder, machine = str(big_vocabulary(tmp_path)), wb.Machine.preset("8x A100 80 GB")
+    total = wb.place(wb.Recipe(model=folder, precision=precision), machine=machine).total_bytes
+    budgets: dict[int | str, int | str] = {**dict.fromkeys(range(8), 2 * total // 8), "cpu": "50GiB"}
+    auto = wb.place(wb.Recipe(model=folder, precision=precision, max_memory=budgets), machine=machine)
+    assert all(layer.device == "cpu" for layer in auto.layers)
+
+    packed = wb.place(auto.recipe.with_(strategy="packed"), machine=machine)
+    assert packed.verdict == "offloads"
+    assert {layer.name for layer in packed.layers if layer.device == "cpu"} == {"model.embed_tokens", "lm_head"}
+    assert packed.summary.startswith("Offloads: model.embed_tokens and lm_head (2.0 GiB) waits on cpu")
+    for device, memory in packed.memory.items():
+        assert memory.weight_bytes <= memory.limit_bytes, device
+
+
+def test_one_device_is_one_entry(tiny_llama: Path) -> None:
+    assert wb.place(wb.Recipe(model=str(tiny_llama), strategy="packed")).device_map == {"": "cpu"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "mixtral"])
+def test_packed_models_load_as_they_were_placed(tiny_model: Callable[[str], Path], architecture: str) -> None:
+    folder = tiny_model(architecture)
+    workload = wb.Workload(context_length=64)
+    whole = wb.place(wb.Recipe(model=str(folder), workload=workload))
+    layer = next(layer for layer in whole.layers if layer.name in wb.read_skeleton(str(folder)).decoder_blocks)
+    budgets = {"cpu": whole.total_bytes - layer.bytes_after, "disk": "1GiB"}
+    recipe = wb.Recipe(model=str(folder), strategy="packed", max_memory=budgets, workload=workload)
+    session = wb.load(recipe)
+    try:
+        assert session.placement.verdict == "offloads"
+        assert session.load_report.matches, session.load_report.lines
+        assert dict(session.model.hf_device_map) == session.placement.device_map
+    finally:
+        session.unload()
+
+
+def test_the_exported_program_has_the_map_itself(tiny_llama: Path) -> None:
+    code = wb.Recipe(model=str(tiny_llama), strategy="packed").to_python()
+    assert "'': 'cpu'" in code
+    assert '"packed"' not in code.replace('# From strategy "packed"', "")

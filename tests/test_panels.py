@@ -315,6 +315,16 @@ def test_only_the_chosen_methods_options_are_shown_and_they_are_remembered(bench
     assert bench.placement.recipe == bench.recipe
 
 
+def test_a_new_model_s_context_is_kept_within_what_it_allows(bench: wb.Workbench, tmp_path: Path) -> None:
+    short = bigger_model(tmp_path / "short", max_position_embeddings=1024)
+    send(find(bench, "wb-model"), value=str(short))
+    wait_for(lambda: bench.recipe.workload.context_length == 1024)
+    assert bench.placement is not None
+    assert bench.recipe.model.name == bench.placement.recipe.model.name == str(short)
+    assert find(bench, "wb-context").value == 1024
+    assert error_in(bench, "workload") == "short allows 1,024 tokens: the context was lowered from 2,048."
+
+
 def test_the_first_skipped_module_adds_to_the_usual_ones(bench: wb.Workbench) -> None:
     """transformers would replace its own choice by it, and quantize the head."""
     choose(find(bench, "wb-precision"), "int8")

@@ -146,23 +146,25 @@ def run_exported(code: str, folder: Path) -> tuple[dict[str, Any], str]:
     return found, ids
 
 
+_DISK = {"max_memory": {"cpu": "200MiB", "disk": "10GiB"}}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "with_placement"),
     [
-        {},
-        {"precision": wb.Int8()},
-        {"precision": wb.FourBit()},
-        {"max_memory": {"cpu": "200MiB", "disk": "10GiB"}},
-        {"strategy": "custom", "device_map": {"": "disk"}},
+        ({}, True),
+        ({"precision": wb.Int8()}, True),
+        ({"precision": wb.FourBit()}, True),
+        (_DISK, True),
+        ({"strategy": "custom", "device_map": {"": "disk"}}, True),
+        ({}, False),
+        (_DISK, False),
     ],
-    ids=["full", "int8", "nf4", "disk", "all-disk"],
+    ids=["full", "int8", "nf4", "disk", "all-disk", "full-by-strategy", "disk-by-strategy"],
 )
-@pytest.mark.parametrize("with_placement", [True, False], ids=["map", "strategy"])
 def test_exported_python_does_the_same(
     demo_model: Path, tmp_path: Path, options: dict[str, Any], *, with_placement: bool
 ) -> None:
-    if not with_placement and set(options) & {"precision", "device_map"}:
-        pytest.skip("the strategy's own map is compared once for one device and once for two")
     recipe = wb.Recipe(model=str(demo_model), **options)
     session = wb.load(recipe)
     try:

@@ -12,13 +12,21 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from workbench.precision import FullPrecision
 
-    from workbench.hardware import DeviceId
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from workbench.hardware import DeviceId, Machine
+    from workbench.recipe import Recipe
+    from workbench.sizes import Sizes
+    from workbench.skeleton import Skeleton
+    from workbench.workload import Cost
 
 _TRIED = 2  # so many of the largest other blocks are tried in several places; the rest go where there is room
 _CROSSING_SECONDS = 50e-6  # handing a hidden state from one device to the next
+# Bytes a second where a machine does not say: what a GPU reads, what a CPU reads, a fetch over PCIe and one from disk.
+_GPU_SPEED, _CPU_SPEED, _PCIE_SPEED, _DISK_SPEED = 500e9, 20e9, 12e9, 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,3 +222,102 @@ def _finish(
     runs_on = [homes[item.name] or 0 for item in items if item.weight_bytes]
     crossings = sum(a != b for a, b in itertools.pairwise(runs_on))
     return seconds + crossings * _CROSSING_SECONDS, placed
+
+
+def pack_model(
+    recipe: Recipe,
+    *,
+    machine: Machine,
+    budgets: Mapping[DeviceId, int],
+    skeleton: Skeleton,
+    sizes: Sizes,
+    cost: Cost | None,
+) -> dict[str, DeviceId | None]:
+    """Pack a model's blocks onto the devices of a budget.
+
+    Args:
+        recipe: The choices.
+        machine: For the devices' capacities and speeds.
+        budgets: Device to bytes, in accelerate's order.
+        skeleton: The model.
+        sizes: Its bytes in the chosen precision.
+        cost: Its cache and activations; None counts them as nothing.
+
+    Returns:
+        Device map, with None for what has no room.
+    """
+    # A tied copy has to be where the original is: its block goes along with the original's.
+    leader = {block.name: block.name for block in skeleton.blocks}
+    for copy, original in skeleton.tied.items():
+        follower = sizes.block_named(copy)
+        if follower is not None and original in sizes.block_of:
+            leader[follower] = leader[sizes.block_of[original]]
+    items = _items(recipe, skeleton, sizes, cost, leader)
+    # Buffers stay where a block runs, also when it is spilled; they are few, so room for all is kept everywhere.
+    buffers = sum(piece.buffer_bytes for piece in sizes.blocks.values())
+    gpus = [device for device in budgets if device not in ("cpu", "disk")]
+
+    def bins(devices: Sequence[DeviceId], default_speed: float, *, fetched: bool) -> list[Bin]:
+        found = []
+        for device in devices:
+            known = machine.device(device)
+            speed = default_speed if fetched else known.bandwidth_bytes_per_s or default_speed
+            capacity = known.budget_bytes
+            found.append(
+                Bin(
+                    id=device,
+                    limit_bytes=budgets[device] - buffers,
+                    capacity_bytes=capacity,
+                    seconds_per_byte=1 / speed,
+                )
+            )
+        return found
+
+    if gpus:
+        fast = bins(gpus, _GPU_SPEED, fetched=False)
+        slow = bins([d for d in ("cpu",) if d in budgets], _PCIE_SPEED, fetched=True)
+    else:
+        fast = bins([d for d in ("cpu",) if d in budgets], _CPU_SPEED, fetched=False)
+        slow = []
+    slow += bins([d for d in ("disk",) if d in budgets], _DISK_SPEED, fetched=False)
+    placed = pack(items, fast, slow)
+    device_map = {block.name: placed.get(leader[block.name]) for block in skeleton.blocks}
+    devices = set(device_map.values())
+    return {"": devices.pop()} if len(devices) == 1 else device_map
+
+
+def _items(
+    recipe: Recipe, skeleton: Skeleton, sizes: Sizes, cost: Cost | None, leader: Mapping[str, str]
+) -> list[Item]:
+    quantizes = not isinstance(recipe.precision, FullPrecision)
+    unquantized_when_spilled = quantizes and recipe.precision.fp32_cpu_offload  # type: ignore[union-attr]
+    cache: dict[str, int] = {}
+    activations: dict[str, int] = {}
+    if cost is not None:
+        shares = cost.cache_bytes(recipe.workload)
+        if len(shares) == len(skeleton.decoder_blocks):
+            cache = dict(zip(skeleton.decoder_blocks, shares, strict=True))
+        else:
+            cache = dict.fromkeys(skeleton.decoder_blocks, sum(shares) // max(1, len(skeleton.decoder_blocks)))
+        activations = cost.activation_bytes(recipe.workload)
+    # A weight is on the device whole before bitsandbytes has quantized it.
+    whole = max((t.kept_bytes for t in sizes.tensors if t.quantized), default=0) if quantizes else 0
+    decoder_blocks = set(skeleton.decoder_blocks)
+    items = []
+    for block in skeleton.blocks:
+        if leader[block.name] != block.name:
+            continue
+        members = [name for name, first in leader.items() if first == block.name]
+        pieces = [sizes.blocks[name] for name in members]
+        weight = sum(p.parameter_bytes for p in pieces)
+        items.append(
+            Item(
+                name=block.name,
+                weight_bytes=weight,
+                spilled_bytes=sum(p.kept_bytes for p in pieces) if unquantized_when_spilled else weight,
+                cache_bytes=sum(cache.get(name, 0) for name in members),
+                activation_bytes=max(whole, *(activations.get(name, 0) for name in members)),
+                is_layer=block.name in decoder_blocks,
+            )
+        )
+    return items

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.hardware import DeviceId, Machine
 from workbench.model import refuses_unknown
+from workbench.packed import pack_model
 from workbench.precision import FullPrecision
 from workbench.sizes import Sizes, device_of, sizes_of
 from workbench.skeleton import Block, MetaModel, Skeleton, read_skeleton, turn
@@ -39,7 +40,7 @@ class DeviceMemory:
         kv_cache_bytes: The KV cache at the workload's full context, of the layers that run on it; None while unknown.
         activation_bytes: Estimate of the peak of live activations of the layers that run on it; None while unknown.
         reserved_bytes: Room for the largest layer that has to be brought here to run, when layers are offloaded.
-        limit_bytes: The budget from ``max_memory``: as in accelerate, it bounds weights and the reserve.
+        limit_bytes: The budget from ``max_memory``: as in accelerate, it bounds the weights that are kept here.
         capacity_bytes: What the device really has to give: free memory less its named reserve. Everything together
             (weights, cache, activations, reserve) must stay within it.
     """
@@ -155,9 +156,9 @@ def place(
     def attempt(tried: Recipe, device_map: Mapping[str, DeviceId] | None = None) -> Placement:
         """Place, but do not judge, a recipe whose tensors are those of the given one."""
         budgets = _budgets(tried, machine)
-        planned = device_map or _map(tried, meta, budgets, skeleton, sizes)
+        planned = device_map or _map(tried, machine, budgets, skeleton=skeleton, sizes=sizes, cost=cost)
         draft = Placement(
-            device_map={name: device for name, device in planned.items() if device in budgets},
+            device_map={name: device for name, device in planned.items() if device is not None and device in budgets},
             layers=(),
             memory={},
             verdict="does_not_fit",
@@ -178,10 +179,18 @@ def place(
 
 
 def _map(
-    recipe: Recipe, meta: MetaModel, budgets: Mapping[DeviceId, int], skeleton: Skeleton, sizes: Sizes
-) -> Mapping[str, DeviceId]:
+    recipe: Recipe,
+    machine: Machine,
+    budgets: Mapping[DeviceId, int],
+    *,
+    skeleton: Skeleton,
+    sizes: Sizes,
+    cost: Cost | None,
+) -> Mapping[str, DeviceId | None]:
+    if recipe.strategy == "packed":
+        return pack_model(recipe, machine=machine, budgets=budgets, skeleton=skeleton, sizes=sizes, cost=cost)
     if recipe.strategy != "custom":
-        return _plan(meta, recipe.strategy, budgets)
+        return _plan(skeleton.meta_model(recipe.precision), recipe.strategy, budgets)
     device_map = recipe.device_map or {}
     _check_custom_map(device_map, budgets, skeleton, sizes)
     return device_map

@@ -16,7 +16,7 @@ from workbench.workload import Workload
 if TYPE_CHECKING:
     from workbench.placement import Placement
 
-STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "custom")
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "packed", "custom")
 _VERSION = 1
 
 
@@ -39,7 +39,7 @@ class Recipe:
         model: ``"demo"``, a folder, ``"org/name"``, ``"org/name@revision"`` or a :class:`ModelRef`; kept as the latter.
         precision: :class:`FullPrecision`, :class:`Int8` or :class:`FourBit`.
         strategy: How modules are spread: ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"`` as
-            accelerate names them, or ``"custom"`` with a ``device_map``.
+            accelerate names them, ``"packed"`` (ours, see packed.py), or ``"custom"`` with a ``device_map``.
         max_memory: The budget for each device: bytes, or text such as ``"20GiB"``. A device left out is not used. None
             is what is free when it is asked, less each device's named reserve, and never the disk.
         device_map: Only for ``"custom"``: module name to device (0, 1, ..., ``"mps"``, ``"cpu"``, ``"disk"``).
@@ -137,7 +137,7 @@ class Recipe:
 
         Args:
             placement: Write this placement's own device map; None writes the strategy and ``max_memory``, which the
-                machine that runs the code then turns into a map.
+                machine that runs the code then turns into a map (for ``"packed"``, the map for this machine).
 
         Returns:
             A Python program.
@@ -157,9 +157,12 @@ class Recipe:
 
 
 def _write_python(recipe: Recipe, placement: Placement | None) -> str:
+    from workbench.placement import place
     from workbench.skeleton import read_skeleton
 
     skeleton = read_skeleton(recipe.model)
+    if placement is None and recipe.strategy == "packed":  # a name that transformers does not know
+        placement = place(recipe, skeleton=skeleton)
     source, ref, precision = skeleton.source, recipe.model, recipe.precision
     dtype = precision.dtype_of(skeleton.dtype)
     quantization = precision.to_python(dtype)

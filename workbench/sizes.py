@@ -60,6 +60,10 @@ class Sizes:
     blocks: dict[str, Piece]
     module_names: frozenset[str]
 
+    def block_named(self, tensor: str) -> str | None:
+        """The block around a tensor, also around a tied copy, which has no bytes of its own."""
+        return nearest(tensor, self.blocks)
+
     def parts_of(self, block: str) -> list[Piece]:
         """A block tensor by tensor, for maps that cut through it."""
         return [_piece(t.name, [t]) for t in self.tensors if self.block_of[t.name] == block]

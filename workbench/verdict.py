@@ -67,11 +67,11 @@ def _assess(placement: Placement) -> tuple[_Trouble, str]:
     homeless, waiting = _homeless(placement), list(placement.waiting)
     if homeless:
         share = f"{_total(homeless)} of {format_bytes(placement.total_bytes)}"
-        return "homeless", f"Does not fit: {_span(homeless)} ({share}) has no room."
+        return "homeless", f"Does not fit: {_span(placement, homeless)} ({share}) has no room."
     if waiting and not isinstance(precision, FullPrecision) and not precision.fp32_cpu_offload:
         return "unquantizable", (
-            f"Does not fit: {_span(waiting)} would wait on {_places(waiting)}, where bitsandbytes does not quantize "
-            "unless fp32_cpu_offload is on."
+            f"Does not fit: {_span(placement, waiting)} would wait on {_places(waiting)}, where bitsandbytes does not "
+            "quantize unless fp32_cpu_offload is on."
         )
     if waiting and all(device == "disk" for device in placement.device_map.values()) and "cpu" not in memory:
         return "nowhere to run", "Does not fit: what waits on disk would run on the CPU, which max_memory leaves out."
@@ -82,9 +82,8 @@ def _assess(placement: Placement) -> tuple[_Trouble, str]:
             f"Does not fit: {', '.join(f'{device_label(d)} is short by {format_bytes(n)}' for d, n in short.items())}."
         )
     if waiting:
-        return "offloads", (
-            f"Offloads: {_span(waiting)} ({_total(waiting)}) waits on {_places(waiting)} and is fetched to run."
-        )
+        what = f"{_span(placement, waiting)} ({_total(waiting)})"
+        return "offloads", f"Offloads: {what} waits on {_places(waiting)} and is fetched to run."
     parts = (
         f"{device_label(d)} ({format_bytes(m.used_bytes)} of {format_bytes(m.capacity_bytes)})"
         for d, m in memory.items()
@@ -105,8 +104,7 @@ def _homeless(placement: Placement) -> list[Layer]:
 
 
 def _over_limit(placement: Placement, device: DeviceId) -> int:
-    m = placement.memory[device]
-    return m.weight_bytes + m.reserved_bytes - m.limit_bytes
+    return placement.memory[device].weight_bytes - placement.memory[device].limit_bytes
 
 
 def _over_device(placement: Placement, device: DeviceId) -> int:
@@ -287,8 +285,19 @@ def _advice_quantizes_little(placement: Placement, skeleton: Skeleton) -> list[s
     return [f"{share}; as {precision.label} it takes {change}."]
 
 
-def _span(layers: list[Layer]) -> str:
-    return layers[0].name if len(layers) == 1 else f"{layers[0].name} to {layers[-1].name}"
+def _span(placement: Placement, layers: list[Layer]) -> str:
+    """Name layers by runs in execution order: "lm_head", "model.layers.20 to model.layers.29 and lm_head"."""
+    order = {layer.name: index for index, layer in enumerate(placement.layers)}
+    runs: list[list[str]] = []
+    for layer in layers:
+        if runs and order[layer.name] == order[runs[-1][-1]] + 1:
+            runs[-1].append(layer.name)
+        else:
+            runs.append([layer.name])
+    texts = [run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    if len(texts) > 3:
+        texts = [*texts[:2], f"{sum(map(len, runs[2:]))} more"]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
 def _places(layers: list[Layer]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from traitlets import Dict, HasTraits, Instance, Unicode
@@ -250,6 +250,8 @@ class State(HasTraits):
                     if self.recipe.model == recipe.model:
                         self._fall_back("model", as_sentence(error))
                 return
+            if self._shorten(recipe, skeleton):
+                return
         self._say("Working out where every layer goes ...")
         placement = place(recipe, machine=machine, skeleton=skeleton, measure=False)
         if self._offer(_Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement)):
@@ -259,6 +261,19 @@ class State(HasTraits):
                 self._offer(_Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement))
             with self.lock:
                 self._warm.add(_warmth(recipe))
+
+    def _shorten(self, recipe: Recipe, skeleton: Skeleton) -> bool:
+        """Lower a context that was meant for another model to what a newly picked one allows, and say so."""
+        limit, asked = skeleton.context_length, recipe.workload.context_length
+        if limit is None or asked <= limit:
+            return False
+        with self.lock:
+            if self.recipe == recipe:
+                self._publish(recipe.with_(workload=replace(recipe.workload, context_length=limit)), self.machine)
+                said = f"{skeleton.source.title} allows {limit:,} tokens: the context was lowered from {asked:,}."
+                self.report("workload", said)
+            self._want()
+        return True
 
     def _say(self, text: str) -> None:
         with self.lock:
