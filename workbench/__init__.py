@@ -15,6 +15,7 @@ from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.recipe import Recipe
 from workbench.session import Cancelled, GenerationStats, LoadReport, Progress, Session, load
 from workbench.skeleton import Skeleton, read_skeleton
+from workbench.speed import Calibration, Speed, calibrate, predict_speed
 from workbench.workload import Workload
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Cancelled",
     "Device",
     "DeviceMemory",
@@ -39,11 +41,14 @@ __all__ = [
     "Recipe",
     "Session",
     "Skeleton",
+    "Speed",
     "Workbench",
     "Workload",
+    "calibrate",
     "fetch_demo_model",
     "load",
     "place",
+    "predict_speed",
     "read_skeleton",
 ]
 

@@ -309,11 +309,16 @@ def _hub_answers() -> bool:
     return answer.is_set()
 
 
-def _demo_folder() -> Path:
+def cache_folder() -> Path:
+    """Where Workbench keeps what it makes once: the user's cache, or ``WORKBENCH_CACHE_DIR``."""
     import platformdirs
 
     root = os.environ.get("WORKBENCH_CACHE_DIR") or platformdirs.user_cache_dir("llm-device-workbench", appauthor=False)
-    return Path(root) / _DEMO_FOLDER
+    return Path(root)
+
+
+def _demo_folder() -> Path:
+    return cache_folder() / _DEMO_FOLDER
 
 
 def fetch_demo_model() -> Path:

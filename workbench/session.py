@@ -100,7 +100,7 @@ def worker() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=_WORKER)
 
 
-def _in_worker(work: Callable[[], _T], cancel: Callable[[], None]) -> _T:
+def in_worker(work: Callable[[], _T], cancel: Callable[[], None] = lambda: None) -> _T:
     """Run work in the worker and wait; an interrupt of the waiting thread cancels the work."""
     if threading.current_thread().name.startswith(_WORKER):
         return work()
@@ -137,7 +137,7 @@ def load(
         Cancelled: If ``cancel`` was set.
     """
     cancel = cancel or threading.Event()
-    return _in_worker(lambda: _load(recipe, machine, progress or (lambda _: None), cancel), cancel.set)
+    return in_worker(lambda: _load(recipe, machine, progress or (lambda _: None), cancel), cancel.set)
 
 
 def _load(
@@ -505,7 +505,7 @@ class Session:
     def unload(self) -> None:
         """Drop the model and give its memory back. Other references to ``session.model`` keep it alive."""
         self.stop()
-        _in_worker(self._unload, lambda: None)
+        in_worker(self._unload)
 
     def _unload(self) -> None:
         if self.model is None:

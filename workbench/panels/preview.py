@@ -11,6 +11,7 @@ import ipywidgets as w
 from workbench.hardware import format_bytes
 from workbench.panels.chart import KINDS, Chart, chart_height, chart_spec, spec_as_html
 from workbench.panels.look import Page, classed, close_tree, html, panel, problem_line
+from workbench.speed import predict_speed
 
 if TYPE_CHECKING:
     from workbench.panels.state import State
@@ -98,11 +99,21 @@ class PreviewPanel:
                 self._verdict.remove_class(f"wb-{name}")
         # The summary begins with the verdict's own words.
         rest = placement.summary.removeprefix(word)
-        summary = f"<b>{symbol} {word}</b>{escape(rest)}"
+        summary = f"<b>{symbol} {word}</b>{escape(rest)}{self._speed(placement)}"
         self._verdict.value = f'<div role="status" title="{_exact(placement)}">{summary}</div>'
         items = "".join(f"<li>{escape(line)}</li>" for line in placement.advice)
         self._advice.value = f"<ul>{items}</ul>" if items else ""
         self._redraw()
+
+    def _speed(self, placement: Placement) -> str:
+        """The estimated decoding speed, as HTML; nothing where there is no estimate."""
+        skeleton = self._state.skeleton
+        speed = None if skeleton is None else predict_speed(placement, skeleton)
+        if speed is None:
+            return ""
+        basis = "measured on this machine" if speed.calibrated else "from data sheets, unmeasured"
+        tip = f"Estimate for one sequence at a short context; bandwidths {basis}"
+        return f' <span class="wb-speed" title="{tip}">est. {rate(speed.tokens_per_second)} tok/s</span>'
 
     def _redraw(self, _: object = None) -> None:
         with self._state.lock:
@@ -126,6 +137,11 @@ class PreviewPanel:
             self._holder.add_class("wb-old")
         else:
             self._holder.remove_class("wb-old")
+
+
+def rate(tokens_per_second: float) -> str:
+    """A speed with two digits that mean something."""
+    return f"{tokens_per_second:.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.2g}"
 
 
 def _exact(placement: Placement) -> str:

@@ -11,8 +11,10 @@ import ipywidgets as w
 
 from workbench.hardware import Machine, device_label, format_bytes
 from workbench.panels.look import Log, classed, html, problem_line, visible
+from workbench.panels.preview import rate
 from workbench.panels.state import as_sentence
 from workbench.session import Cancelled, load, worker
+from workbench.speed import predict_speed
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -339,6 +341,8 @@ def _stats_line(session: Session) -> str:
         return ""
     parts = [f"{stats.new_tokens} new tokens for {stats.prompt_tokens} of prompt"]
     if stats.tokens_per_second:
-        parts.append(f"{stats.tokens_per_second:.1f} tok/s")
+        predicted = predict_speed(session.placement, session.skeleton)
+        beside = "" if predicted is None else f" (estimated {rate(predicted.tokens_per_second)})"
+        parts.append(f"{stats.tokens_per_second:.1f} tok/s{beside}")
     parts.append(f"first token after {stats.first_token_seconds:.2f} s")
     return " · ".join(parts) + (" · stopped" if stats.stopped else "")

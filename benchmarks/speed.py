@@ -1,0 +1,43 @@
+"""Predicted against measured decoding speed on this machine: the demo model in full precision and offloaded to disk.
+
+    python benchmarks/speed.py
+
+Run it while nothing else is busy: it measures the machine first, then generates.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+
+import workbench as wb
+
+CASES = {
+    "bfloat16, in memory": {},
+    "float32, in memory": {"precision": wb.FullPrecision(dtype="float32")},
+    "a quarter on disk": {"max_memory": {"cpu": "200MiB", "disk": "10GiB"}},
+    "all on disk": {"strategy": "custom", "device_map": {"": "disk"}},
+}
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"{platform.machine()}, {os.cpu_count()} cores; torch {version('torch')}, accelerate {version('accelerate')}")
+    print(wb.calibrate())
+    print(f"\n{'demo model':22} {'predicted':>10} {'measured':>10} {'error':>7}")
+    for name, options in CASES.items():
+        session = wb.load(wb.Recipe(model="demo", **options))
+        session.generate("Tell me a story.", max_new_tokens=4)  # the first run warms caches and pools
+        measured = []
+        for _ in range(3):
+            session.generate("Tell me a long story about a king.", max_new_tokens=40)
+            measured.append(session.last_stats.tokens_per_second)
+        middle = sorted(measured)[1]
+        predicted = wb.predict_speed(session.placement, session.skeleton).tokens_per_second
+        print(f"{name:22} {predicted:10.1f} {middle:10.1f} {100 * (predicted / middle - 1):+6.0f} %")
+        session.unload()
+
+
+if __name__ == "__main__":
+    main()
