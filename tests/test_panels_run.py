@@ -222,7 +222,7 @@ def test_closing_in_mid_answer_stops_it(loaded: wb.Workbench) -> None:
 def test_the_code_is_written_when_it_is_looked_at(bench: wb.Workbench, tiny_llama: Path) -> None:
     view, tabs = find(bench, "wb-code"), find(bench, "wb-tabs")
     assert view.code == ""
-    send(tabs, selected_index=2)
+    send(tabs, selected_index=3)
     assert bench.placement is not None
     assert view.code == bench.recipe.to_python(bench.placement)
     assert repr(str(tiny_llama)) in view.code
@@ -263,3 +263,28 @@ def test_a_file_that_is_no_recipe_changes_nothing(bench: wb.Workbench, content: 
     upload(bench, "other.json", content)
     assert says in bench._state.problems["code"]
     assert bench.recipe == before
+
+
+def test_compare_shows_every_precision_and_takes_one_over(bench: wb.Workbench) -> None:
+    click(find(bench, "wb-compare"))
+    wait_for(lambda: not find(bench, "wb-compare").disabled)
+    table = find(bench, "wb-compare-table").value
+    for label in ("full precision", "int8", "nf4", "nf4 + double quantization"):
+        assert f"<td>{label}</td>" in table
+    assert table.count("✓ Fits") == 4
+    uses = {button.description: button for button in find(bench, "wb-use-precision").children}
+    click(uses["Use int8"])
+    assert bench.recipe.precision == wb.Int8()
+    assert find(bench, "wb-compare-note").value == ""  # another precision is another row, not another question
+    send(find(bench, "wb-context"), value=64)
+    assert "compare again" in find(bench, "wb-compare-note").value
+
+
+def test_what_goes_wrong_while_comparing_is_shown(bench: wb.Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr("workbench.panels.compare.what_fits", broken)
+    click(find(bench, "wb-compare"))
+    wait_for(lambda: not find(bench, "wb-compare").disabled)
+    assert bench._state.problems["compare"] == "no such luck"

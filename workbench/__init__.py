@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from workbench.compare import Fit, what_fits
 from workbench.hardware import Device, Machine
 from workbench.model import ModelRef, fetch_demo_model
 from workbench.placement import DeviceMemory, Layer, Placement, place
@@ -28,6 +29,7 @@ __all__ = [
     "Cancelled",
     "Device",
     "DeviceMemory",
+    "Fit",
     "FourBit",
     "FullPrecision",
     "GenerationStats",
@@ -50,6 +52,7 @@ __all__ = [
     "place",
     "predict_speed",
     "read_skeleton",
+    "what_fits",
 ]
 
 

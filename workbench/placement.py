@@ -254,9 +254,11 @@ def _check_custom_map(
         if device not in budgets:
             offered = ", ".join(map(repr, budgets))
             raise ValueError(f"device_map puts {name!r} on {device!r}, but the budget offers only {offered}.")
-    missing = [t.name for t in sizes.tensors if device_of(t.name, device_map) is None]
+    missing = [t for t in sizes.tensors if device_of(t.name, device_map) is None]
+    # Buffers of a module that is cut up may stay unnamed, as transformers' own maps leave them.
+    missing = [t for t in missing if not (t.is_buffer and _is_cut(sizes.block_of[t.name], device_map))]
     if missing:
-        modules = list(dict.fromkeys(sizes.block_of[name] for name in missing))
+        modules = list(dict.fromkeys(sizes.block_of[t.name] for t in missing))
         shown = ", ".join(modules[:5]) + (f" and {len(modules) - 5} more" if len(modules) > 5 else "")
         raise ValueError(f"device_map leaves out {shown}: give each a device.")
     for block in skeleton.blocks:
@@ -270,6 +272,11 @@ def _check_custom_map(
     for copy, original in skeleton.tied.items():
         if device_of(copy, device_map) != device_of(original, device_map):
             raise ValueError(f"device_map parts {copy} from {original}, which are one tensor: give both one device.")
+
+
+def _is_cut(block: str, device_map: Mapping[str, DeviceId]) -> bool:
+    """Whether a map names parts of a block."""
+    return any(name.startswith(f"{block}.") for name in device_map)
 
 
 _costs: weakref.WeakKeyDictionary[MetaModel, Cost | None] = weakref.WeakKeyDictionary()
@@ -412,13 +419,21 @@ class _Homes:
 def _place_block(block: Block, sizes: Sizes, homes: _Homes, weights: dict[DeviceId, int]) -> Layer:
     """Account for a block; if its parts lie on several devices, the one with most of it stands for the block."""
     whole = sizes.blocks[block.name]
-    pieces = sizes.parts_of(block.name) if any(n.startswith(f"{block.name}.") for n in homes.device_map) else [whole]
+    cut = _is_cut(block.name, homes.device_map)
+    pieces = sizes.parts_of(block.name) if cut else [whole]
     shares: dict[DeviceId | None, int] = {}
     quantized = False
     for piece in pieces:
         device = device_of(piece.name, homes.device_map)
+        if device is None and cut and not piece.parameter_bytes:
+            # transformers' maps name no buffers of a module that they cut up; it keeps them on the CPU.
+            shares["cpu"] = shares.get("cpu", 0) + piece.buffer_bytes
+            weights["cpu"] = weights.get("cpu", 0) + piece.buffer_bytes
+            continue
         keep = device in homes.unquantized
         parameters = piece.kept_bytes if keep else piece.parameter_bytes
+        if device == "disk":
+            parameters -= piece.upcast_bytes  # it is fetched in the model's dtype, though kept in float32 elsewhere
         quantized |= piece.quantized and not keep
         shares[device] = shares.get(device, 0) + parameters + piece.buffer_bytes
         if device is not None:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.model import cache_folder, refuses_unknown
-from workbench.precision import FullPrecision
+from workbench.precision import FourBit, FullPrecision, Int8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +67,7 @@ class Calibration:
 
 # Of the two-core machine on which Workbench is made: a stand-in until a machine has been measured itself.
 _TYPICAL = Calibration(
-    token_seconds=8e-3,
+    token_seconds=1e-3,
     module_seconds=35e-6,
     small_bytes_per_s={"bfloat16": 11e9, "float32": 11e9},
     large_bytes_per_s={"bfloat16": 20e9, "float32": 23e9},
@@ -98,11 +98,12 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
         skeleton: Its model.
 
     Returns:
-        The estimate; None where something has no room, and for quantized weights on a CPU, which nobody has measured.
+        The estimate; None where something has no room, for int8, whose time is not that of reading its bytes, and for
+        4-bit weights on a CPU, which nobody has measured.
     """
-    quantized = not isinstance(placement.recipe.precision, FullPrecision)
+    precision = placement.recipe.precision
     gpus = [d for d in placement.device_map.values() if d not in ("cpu", "disk")]
-    if placement.unplaced or (quantized and not gpus):
+    if placement.unplaced or isinstance(precision, Int8) or (isinstance(precision, FourBit) and not gpus):
         return None
     known = known_calibration() if placement.machine.name == "This machine" else None
     cpu = known or _TYPICAL

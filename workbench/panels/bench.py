@@ -9,6 +9,7 @@ import ipywidgets as w
 from workbench.hardware import Machine
 from workbench.model import refuses_unknown
 from workbench.panels.code import CodePanel
+from workbench.panels.compare import ComparePanel
 from workbench.panels.devices import DevicesPanel
 from workbench.panels.look import STYLE, classed, html, whole_tree
 from workbench.panels.model import ModelPanel
@@ -22,7 +23,7 @@ from workbench.session import Session
 if TYPE_CHECKING:
     from workbench.placement import Placement
 
-_TABS = ("Load", "Generate", "Code")
+_TABS = ("Load", "Generate", "Compare", "Code")
 
 
 @refuses_unknown
@@ -49,7 +50,8 @@ class Workbench(w.VBox):
         self._generate = GeneratePanel(state)
         self._tabs = classed(w.Tab(), "wb-tabs")
         self._code = CodePanel(state, in_view=lambda: self._tabs.selected_index == _TABS.index("Code"))
-        self._tabs.children = [self._load.box, self._generate.box, self._code.box]
+        self._comparison = ComparePanel(state)
+        self._tabs.children = [self._load.box, self._generate.box, self._comparison.box, self._code.box]
         for index, name in enumerate(_TABS):
             self._tabs.set_title(index, name)
         self._tabs.selected_index = 0
@@ -127,6 +129,7 @@ class Workbench(w.VBox):
             return
         self._generate.close()
         self._load.close()
+        self._comparison.close()
         self._preview.close()
         self._state.close()
         for part in list(whole_tree(self))[:-1]:

@@ -43,9 +43,14 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
 .wb-root .wb-note .widget-html-content { color: var(--wb-soft); font-size: 12px; overflow-wrap: anywhere; }
 .wb-root .wb-model-facts b { color: var(--wb-ink); }
 .wb-root .wb-note summary { cursor: pointer; }
-.wb-root .wb-note table, .wb-root .wb-load-report table { border-collapse: collapse; margin: 4px 0; font-size: 12px; }
+.wb-root :is(.wb-note, .wb-load-report, .wb-compare-table) table {
+  border-collapse: collapse; margin: 4px 0; font-size: 12px;
+}
 .wb-root .wb-note td { padding: 1px 10px 1px 0; vertical-align: top; }
-.wb-root .wb-load-report th, .wb-root .wb-load-report td { padding: 2px 14px 2px 0; text-align: left; }
+.wb-root :is(.wb-load-report, .wb-compare-table) :is(th, td) { padding: 2px 14px 2px 0; text-align: left; }
+.wb-root .wb-compare-table .widget-html-content { overflow-x: auto; }
+.wb-root .wb-compare-table td.wb-number, .wb-root .wb-compare-table th.wb-number { text-align: right; }
+.wb-root .wb-speed { color: var(--wb-soft); font-size: 13px; white-space: nowrap; }
 .wb-root .wb-number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .wb-root .wb-scroll { overflow: auto; max-height: 180px; }
 .wb-root .wb-error .widget-html-content {

@@ -1,0 +1,126 @@
+"""The Compare panel: what fits, in every precision, side by side."""
+
+from __future__ import annotations
+
+import threading
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as w
+
+from workbench.compare import what_fits
+from workbench.hardware import format_bytes
+from workbench.panels.look import classed, close_tree, html, problem_line
+from workbench.panels.preview import VERDICTS, rate
+from workbench.panels.state import as_sentence
+
+if TYPE_CHECKING:
+    from workbench.compare import Fit
+    from workbench.hardware import Machine
+    from workbench.panels.state import State
+    from workbench.recipe import Recipe
+
+
+class ComparePanel:
+    """A table of precisions, best first, each of which one button takes over.
+
+    Attributes:
+        box: What is shown.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._asked: tuple[Recipe, Machine] | None = None
+        self._thread: threading.Thread | None = None
+        self.compare = classed(
+            w.Button(
+                description="Compare precisions",
+                button_style="primary",
+                tooltip="Plan this model on this machine in every precision",
+                layout=w.Layout(width="auto"),
+            ),
+            "wb-compare",
+        )
+        self._note = html("wb-note", "wb-compare-note")
+        self._table = html("wb-compare-table")
+        self._uses = classed(w.HBox([]), "wb-row", "wb-use-precision")
+        self.box = w.VBox([self.compare, problem_line(state, "compare"), self._note, self._table, self._uses])
+        self.compare.on_click(state.guarded("compare", self._start))
+        state.observe(self._show_age, ["recipe", "machine"])
+
+    def close(self) -> None:
+        """Wait for a comparison that is going on."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _start(self, _: object) -> None:
+        with self._state.lock:
+            recipe, machine = self._state.recipe, self._state.machine
+        self.compare.disabled = True
+        self._note.value = '<div role="status">Planning every precision ...</div>'
+        # Planning takes seconds for the largest models; it is no torch work, so it leaves the worker alone.
+        self._thread = threading.Thread(target=self._run, args=(recipe, machine), name="workbench-compare", daemon=True)
+        self._thread.start()
+
+    def _run(self, recipe: Recipe, machine: Machine) -> None:
+        try:
+            fits = what_fits(recipe, machine=machine)
+            with self._state.lock:
+                self._asked = recipe, machine
+                self._show(fits)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
+            self._note.value = ""
+            self._state.report("compare", as_sentence(error))
+        finally:
+            self.compare.disabled = False
+
+    def _show(self, fits: tuple[Fit, ...]) -> None:
+        self._table.value = fits_as_html(fits)
+        old = self._uses.children
+        self._uses.children = tuple(self._use(fit) for fit in fits)
+        close_tree(*old)
+        self._show_age()
+
+    def _use(self, fit: Fit) -> Any:
+        label = fit.precision.label
+        button = w.Button(description=f"Use {label}", tooltip=f"Take over {label}", layout=w.Layout(width="auto"))
+        button.on_click(self._state.guarded("compare", lambda _: self._state.update(precision=fit.precision)))
+        return button
+
+    def _show_age(self, _: object = None) -> None:
+        if self._asked is None:
+            return
+        recipe, machine = self._asked
+        same = (
+            machine == self._state.machine
+            and recipe.with_(precision=self._state.recipe.precision) == self._state.recipe
+        )
+        self._note.value = "" if same else "For choices that have changed since: compare again."
+
+
+def fits_as_html(fits: tuple[Fit, ...]) -> str:
+    """The comparison as a table."""
+    rows = []
+    for fit in fits:
+        symbol, word = VERDICTS[fit.placement.verdict]
+        context = (
+            "unknown" if fit.longest_context is None else f"{fit.longest_context:,}" if fit.longest_context else "none"
+        )
+        speed = "no estimate" if fit.speed is None else f"est. {rate(fit.speed.tokens_per_second)} tok/s"
+        cache = fit.placement.kv_cache_bytes
+        rows.append(
+            f"<tr><td>{escape(fit.precision.label)}</td>"
+            f'<td title="{escape(fit.placement.summary)}">{symbol} {word}</td>'
+            f"{_bytes(fit.placement.total_bytes)}{_bytes(cache)}"
+            f'<td class="wb-number">{context}</td><td class="wb-number">{speed}</td></tr>'
+        )
+    heads = ("Precision", "Verdict", "Weights", "KV cache", "Longest context", "Speed")
+    numbers = ' class="wb-number"'
+    head = "".join(f"<th{numbers if index > 1 else ''}>{name}</th>" for index, name in enumerate(heads))
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _bytes(size_bytes: int | None) -> str:
+    if size_bytes is None:
+        return '<td class="wb-number">unknown</td>'
+    return f'<td class="wb-number" title="{size_bytes:,} bytes">{format_bytes(size_bytes)}</td>'
