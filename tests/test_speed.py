@@ -89,5 +89,6 @@ def test_a_measured_machine(demo_model: Path) -> None:
     assert stats is not None
     assert predicted is not None
     assert predicted.calibrated
-    # benchmarks/speed.py compares closely on a quiet machine; tests share theirs with other work.
-    assert 1 / 4 < predicted.tokens_per_second / stats.tokens_per_second < 4
+    # Tests share their machine with other work, so only the order of magnitude can be held here; benchmarks/speed.py
+    # compares closely.
+    assert 1 / 10 < predicted.tokens_per_second / stats.tokens_per_second < 10

@@ -28,6 +28,7 @@ class TensorSize:
     before_bytes: int
     after_bytes: int
     kept_bytes: int  # if its module is left out of the quantization because it is offloaded
+    upcast_bytes: int  # of kept_bytes, what being kept in float32 adds; a parameter on disk goes without
     is_buffer: bool
     quantized: bool
 
@@ -40,6 +41,7 @@ class Piece:
     before_bytes: int
     parameter_bytes: int
     kept_bytes: int
+    upcast_bytes: int
     buffer_bytes: int
     quantized: bool
 
@@ -87,6 +89,7 @@ def sizes_of(skeleton: Skeleton, precision: Precision) -> Sizes:
 def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
     before = _unquantized_bytes(skeleton.meta_model(FullPrecision()))
     unquantized = _unquantized_bytes(meta)
+    split = _split_from(meta) if meta.quantizer is not None else {}
     tensors = []
     for name, tensor in _named_tensors(meta.module):
         if name in skeleton.tied:
@@ -95,7 +98,7 @@ def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
         quantized = (
             not is_buffer
             and meta.quantizer is not None
-            and meta.quantizer.param_needs_quantization(meta.module, name)
+            and all(meta.quantizer.param_needs_quantization(meta.module, n) for n in {name, split.get(name, name)})
             and isinstance(precision, (Int8, FourBit))
         )
         kept = unquantized[name]
@@ -106,6 +109,7 @@ def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
                 before_bytes=before.get(name, kept),
                 after_bytes=after,
                 kept_bytes=kept,
+                upcast_bytes=0 if quantized else kept - tensor.numel() * tensor.element_size(),
                 is_buffer=is_buffer,
                 quantized=quantized,
             )
@@ -116,7 +120,10 @@ def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
     for t in tensors:
         grouped[block_of[t.name]].append(t)
     blocks = {name: _piece(name, group) for name, group in grouped.items()}
-    modules = frozenset(name for name, _ in meta.module.named_modules())
+    # transformers' own maps name a shared module by each of its names, and single parameters that hang on inner nodes.
+    modules = frozenset(name for name, _ in meta.module.named_modules(remove_duplicate=False)) | {
+        name for name, _ in meta.module.named_parameters(remove_duplicate=False)
+    }
     return Sizes(tensors=tuple(tensors), block_of=block_of, blocks=blocks, module_names=modules)
 
 
@@ -126,6 +133,7 @@ def _piece(name: str, tensors: list[TensorSize]) -> Piece:
         before_bytes=sum(t.before_bytes for t in tensors),
         parameter_bytes=sum(t.after_bytes for t in tensors if not t.is_buffer),
         kept_bytes=sum(t.kept_bytes for t in tensors if not t.is_buffer),
+        upcast_bytes=sum(t.upcast_bytes for t in tensors if not t.is_buffer),
         buffer_bytes=sum(t.after_bytes for t in tensors if t.is_buffer),
         quantized=any(t.quantized for t in tensors),
     )
@@ -160,6 +168,26 @@ def _unquantized_bytes(meta: MetaModel) -> dict[str, int]:
         name: tensor.numel() * (4 if name in upcast else tensor.element_size())
         for name, tensor in _named_tensors(meta.module)
     }
+
+
+def _split_from(meta: MetaModel) -> dict[str, str]:
+    """For each parameter that is cut from a larger tensor of the checkpoint, the name of that tensor's first part.
+
+    transformers decides by the first part alone whether to quantize all of them, so one that is left out keeps its
+    neighbours (query, key and value of HRM-Text) in full precision too. A checkpoint saved by transformers holds them
+    in one tensor; one that holds them apart would be quantized part by part.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    targets = [conversion.target_patterns for conversion in get_model_conversion_mapping(meta.module)]
+    names = {name for name, _ in meta.module.named_parameters()}
+    found = {}
+    for first, *others in (patterns for patterns in targets if len(patterns) > 1):
+        for name, part in ((name, part) for name in names for part in others if part in name):
+            whole = name.replace(part, first, 1)
+            if whole in names:
+                found[name] = whole
+    return found
 
 
 def nearest(name: str, candidates: Mapping[str, Any] | set[str]) -> str | None:
