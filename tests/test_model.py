@@ -130,6 +130,28 @@ def test_a_hub_model_is_previewed_without_its_weights_and_then_loaded(tiny_llama
         assert hub.sent_bytes(".safetensors") == size
 
 
+def test_a_download_can_be_cancelled(tiny_llama: Path, tmp_path: Path) -> None:
+    """The Hub sends slowly; the load is cancelled when the first bytes have come, long before the last."""
+    code = (
+        "import json, threading, workbench as wb\n"
+        "cancel = threading.Event()\n"
+        "def progress(step):\n"
+        "    if step.stage == 'download' and step.done: cancel.set()\n"
+        "try: wb.load(wb.Recipe(model='org/big'), progress=progress, cancel=cancel); print('\"loaded\"')\n"
+        "except wb.Cancelled: print('\"cancelled\"')\n"
+    )
+    folder = tmp_path / "big"
+    shutil.copytree(tiny_llama, folder)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {**load_file(folder / "model.safetensors"), "padding": torch.zeros(30_000_000, dtype=torch.uint8)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with HubServer(repos={"org/big": folder}, bytes_per_s=5_000_000) as hub:
+        assert run_with_hub(hub, tmp_path / "cache", code) == "cancelled"
+        assert hub.sent_bytes(".safetensors") < 30_000_000
+
+
 def test_hub_errors_are_sentences(tiny_llama: Path, tmp_path: Path) -> None:
     code = (
         "import json, workbench as wb\n"

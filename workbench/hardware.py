@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from workbench.model import refuses_unknown
 
-__all__ = ["Device", "DeviceId", "Machine", "device_label", "format_bytes", "parse_bytes"]
-
 DeviceId = int | str
 
 _KIB, _MIB, _GIB, _TIB = 2**10, 2**20, 2**30, 2**40
@@ -175,9 +173,6 @@ class Machine:
             offload_folder: Where layers on "disk" would go; it need not exist yet. Default: the user's cache folder.
             accelerators: False leaves the GPUs out, which spares the import of torch.
 
-        Returns:
-            The machine, named "This machine".
-
         Raises:
             ValueError: If ``offload_folder`` is a file.
         """
@@ -230,9 +225,6 @@ class Machine:
 
         Args:
             id: As ``max_memory`` spells it; "0" and "cuda:0" also mean 0.
-
-        Returns:
-            The device.
 
         Raises:
             ValueError: If the machine has none such (the sentence lists what it has), or this is no id at all.

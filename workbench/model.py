@@ -388,6 +388,33 @@ def _convert_demo(gguf: Path, target: Path) -> None:
     )
 
 
+def check_weights(source: Source) -> None:
+    """Make sure that a model's weights can be read, as far as that shows without reading them.
+
+    Raises:
+        ValueError: If there are none, only pickles that nobody has allowed, or a local file is damaged.
+    """
+    files = source.weight_files
+    if not files:
+        raise ValueError(f"{source.title} has a config but no weights: it can be previewed, not loaded.")
+    safe = [f for f in files if f.name.endswith(".safetensors")]
+    if not safe and not source.allow_pickle:
+        raise ValueError(
+            f"{source.title} has its weights only as pickles ({files[0].name}), which can run code while they are "
+            "read; if you trust its author, say so with ModelRef(name=..., allow_pickle=True)."
+        )
+    if not source.is_local:
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for name in (f.name for f in safe):
+            with safe_open(str(Path(source.location) / name), framework="pt"):
+                pass  # opening reads the header and compares it with the file's length
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{name} of {source.title} is damaged or cut short ({error}): fetch the file again.") from None
+
+
 def read_config(source: Source) -> Any:
     """Read a model's configuration; no weights are read and no remote code runs unless the source allows it.
 

@@ -15,11 +15,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench.hardware import DeviceId, Machine, format_bytes
-from workbench.model import refuses_unknown
+from workbench.model import check_weights, refuses_unknown
 from workbench.placement import Placement, place
 from workbench.sizes import measure_weights
 from workbench.skeleton import Skeleton, read_skeleton, turn
@@ -153,7 +152,7 @@ def _load(
     if placement.verdict == "does_not_fit":
         raise ValueError(" ".join((placement.summary, *placement.advice)))
     _check_free(placement, here)
-    _check_weights(skeleton)
+    check_weights(skeleton.source)
     _check_cancelled(cancel)
 
     offload_folder = None
@@ -163,7 +162,7 @@ def _load(
     model = None
     try:
         with turn.work(), _reporting(progress, cancel):
-            model, info = _from_pretrained(recipe, skeleton, placement, folder, progress)
+            model, info = _from_pretrained(placement, skeleton, folder, _download_bar(progress, cancel))
         _check_cancelled(cancel)
         progress(Progress(stage="check", done=0, total=None, text="checking the tensors against the preview"))
         tokenizer = _tokenizer(skeleton)
@@ -173,6 +172,7 @@ def _load(
         if offload_folder is not None:
             offload_folder.cleanup()
         _give_back()
+        _check_cancelled(cancel)  # libraries wrap what stopped a download in errors of their own
         raise
     return Session(
         model=model,
@@ -194,29 +194,6 @@ def _check_free(placement: Placement, here: Machine) -> None:
                 f"{here.device(device).label} has {format_bytes(free)} free now, but {format_bytes(memory.used_bytes)} "
                 "are needed: close other programs or models, or lower the budgets."
             )
-
-
-def _check_weights(skeleton: Skeleton) -> None:
-    source = skeleton.source
-    files = source.weight_files
-    if not files:
-        raise ValueError(f"{source.title} has a config but no weights: it can be previewed, not loaded.")
-    safe = [f for f in files if f.name.endswith(".safetensors")]
-    if not safe and not source.allow_pickle:
-        raise ValueError(
-            f"{source.title} has its weights only as pickles ({files[0].name}), which can run code while they are "
-            "read; if you trust its author, say so with ModelRef(name=..., allow_pickle=True)."
-        )
-    if not source.is_local:
-        return
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        for name in (f.name for f in safe):
-            with safe_open(str(Path(source.location) / name), framework="pt"):
-                pass  # opening reads the header and compares it with the file's length
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{name} of {source.title} is damaged or cut short ({error}): fetch the file again.") from None
 
 
 def _check_cancelled(cancel: threading.Event) -> None:
@@ -275,11 +252,7 @@ class _Steps:
 
 
 def _from_pretrained(
-    recipe: Recipe,
-    skeleton: Skeleton,
-    placement: Placement,
-    offload_folder: str | None,
-    progress: Callable[[Progress], None],
+    placement: Placement, skeleton: Skeleton, offload_folder: str | None, download_bar: type
 ) -> tuple[Any, dict[str, Any]]:
     import torch
     from safetensors import SafetensorError
@@ -293,12 +266,12 @@ def _from_pretrained(
         "use_safetensors": None if source.allow_pickle else True,
         "dtype": getattr(torch, placement.dtype),
         "device_map": dict(placement.device_map),
-        "quantization_config": recipe.precision.to_config(placement.dtype),
+        "quantization_config": placement.recipe.precision.to_config(placement.dtype),
         "offload_folder": offload_folder,
         "output_loading_info": True,
     }
     if not source.is_local:
-        options["tqdm_class"] = _download_bar(progress)
+        options["tqdm_class"] = download_bar
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source.location, **options)
     except SafetensorError as error:
@@ -310,16 +283,18 @@ def _from_pretrained(
             f"{source.title} ran out of memory while it was loaded, though the preview said that it fits; lower the "
             f"budgets by a GiB and try again. ({str(error).splitlines()[0]})"
         ) from None
-    except (OSError, RuntimeError, KeyError, NotImplementedError) as error:
+    except (Cancelled, ValueError):
+        raise
+    except Exception as error:  # models from anywhere, in libraries that raise anything
         raise ValueError(f"{source.title} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
     return model, info
 
 
-def _download_bar(progress: Callable[[Progress], None]) -> type:
+def _download_bar(progress: Callable[[Progress], None], cancel: threading.Event) -> type:
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg]
-        """Reports bytes in place of drawing."""
+        """Reports bytes in place of drawing, and ends a download that is cancelled; the next one resumes it."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
@@ -327,6 +302,7 @@ def _download_bar(progress: Callable[[Progress], None]) -> type:
             self._done, self._all = int(kwargs.get("initial") or 0), kwargs.get("total")
 
         def update(self, n: float | None = 1) -> bool | None:
+            _check_cancelled(cancel)
             self._done += int(n or 0)
             total = int(self._all) if self._all else None
             of = f" of {format_bytes(total)}" if total else ""

@@ -61,7 +61,7 @@ class DevicesPanel:
                 options=STRATEGIES,
                 value=state.recipe.strategy,
                 tooltip="auto and balanced fill all GPUs evenly, balanced_low_0 spares the first, "
-                "sequential fills one after the other, custom keeps the map as it is now",
+                "sequential fills one after the other, packed leaves no room unused, custom keeps the map as it is now",
             ),
             "wb-strategy",
             "wb-wide",
