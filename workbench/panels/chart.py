@@ -35,7 +35,7 @@ class Bar:
         label: "cuda:0", "cpu", ...
         colour: The device's own, "#rrggbb".
         part_bytes: One for each of ``KINDS``; what is unknown counts as 0 here and is said in ``text``.
-        limit_bytes: The budget, which bounds weights and reserve.
+        limit_bytes: The budget, which bounds the weights.
         capacity_bytes: What the device has to give, which bounds everything together.
         text: What stands above the bar; the only markup in it is bold.
     """
