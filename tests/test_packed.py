@@ -8,6 +8,7 @@ import pytest
 
 import workbench as wb
 from workbench.packed import _CROSSING_SECONDS, Bin, Item, pack
+from workbench.sizes import device_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -234,3 +235,25 @@ def test_the_exported_program_has_the_map_itself(tiny_llama: Path) -> None:
     code = wb.Recipe(model=str(tiny_llama), strategy="packed").to_python()
     assert "'': 'cpu'" in code
     assert '"packed"' not in code.replace('# From strategy "packed"', "")
+
+
+def test_a_block_that_is_tied_to_two_others_goes_with_both(tmp_path: Path) -> None:
+    """BERT's head shares its weight with the embedding and its bias with a module of its own."""
+    from transformers import BertConfig
+
+    BertConfig(
+        is_decoder=True,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=512,
+    ).save_pretrained(tmp_path)
+    recipe = wb.Recipe(model=str(tmp_path), workload=wb.Workload(context_length=64))
+    machine = wb.Machine.detect()
+    skeleton = wb.read_skeleton(recipe.model)
+    total = wb.place(recipe, machine=machine).total_bytes
+    budgets: dict[int | str, int | str] = {"cpu": total // 2, "disk": "1GiB"}
+    placement = wb.place(recipe.with_(strategy="packed", max_memory=budgets), machine=machine)
+    for copy, original in skeleton.tied.items():
+        assert device_of(copy, placement.device_map) == device_of(original, placement.device_map), copy

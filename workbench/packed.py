@@ -251,7 +251,8 @@ def pack_model(
     for copy, original in skeleton.tied.items():
         follower = sizes.block_named(copy)
         if follower is not None and original in sizes.block_of:
-            leader[follower] = leader[sizes.block_of[original]]
+            old, new = leader[follower], leader[sizes.block_of[original]]
+            leader = {name: new if first == old else first for name, first in leader.items()}
     items = _items(recipe, skeleton, sizes, cost, leader)
     # Buffers stay where a block runs, also when it is spilled; they are few, so room for all is kept everywhere.
     buffers = sum(piece.buffer_bytes for piece in sizes.blocks.values())
