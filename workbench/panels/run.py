@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 
 from workbench.hardware import Machine, device_label, format_bytes
+from workbench.loading import load
 from workbench.panels.look import Log, classed, html, problem_line, visible
 from workbench.panels.preview import rate
 from workbench.panels.state import as_sentence
-from workbench.session import Cancelled, load, worker
+from workbench.session import Cancelled, worker
 from workbench.speed import predict_speed
 
 if TYPE_CHECKING:

@@ -1,0 +1,278 @@
+"""Load a model exactly where its placement says, and check the real tensors against it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from workbench.hardware import Machine, format_bytes
+from workbench.model import check_weights, refuses_unknown
+from workbench.placement import Placement, place
+from workbench.session import Cancelled, LoadReport, Progress, Session, give_back, in_worker
+from workbench.sizes import measure_weights
+from workbench.skeleton import Skeleton, read_skeleton, turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from typing_extensions import Self
+
+    from workbench.recipe import Recipe
+
+
+@refuses_unknown
+def load(
+    recipe: Recipe,
+    *,
+    machine: Machine | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> Session:
+    """Load a model exactly as its placement says, and check the real tensors against it.
+
+    Args:
+        recipe: The choices.
+        machine: This machine as the preview saw it (``Machine.detect()``), so that what was previewed is what is
+            loaded; None looks afresh.
+        progress: Called from the worker thread with a :class:`Progress`.
+        cancel: Set it to stop the load; it stops at the next weight.
+
+    Returns:
+        The session.
+
+    Raises:
+        ValueError: If the recipe cannot be loaded here; the sentence says why and what would work.
+        Cancelled: If ``cancel`` was set.
+    """
+    cancel = cancel or threading.Event()
+    return in_worker(lambda: _load(recipe, machine, progress or (lambda _: None), cancel), cancel.set)
+
+
+def _load(
+    recipe: Recipe, machine: Machine | None, progress: Callable[[Progress], None], cancel: threading.Event
+) -> Session:
+    started = time.perf_counter()
+    progress(Progress(stage="plan", done=0, total=None, text="planning"))
+    here = Machine.detect()
+    if machine is not None and machine.name != here.name:
+        raise ValueError(f"The preview is for {machine.name!r}, not for this machine: pick 'This machine' to load.")
+    skeleton = read_skeleton(recipe.model)
+    placement = place(recipe, machine=machine or here, skeleton=skeleton)
+    if placement.verdict == "does_not_fit":
+        raise ValueError(" ".join((placement.summary, *placement.advice)))
+    _check_free(placement, here)
+    check_weights(skeleton.source)
+    _check_cancelled(cancel)
+
+    offload_folder = None
+    if "disk" in placement.device_map.values():
+        offload_folder = tempfile.TemporaryDirectory(prefix="workbench-offload-", ignore_cleanup_errors=True)
+    folder = None if offload_folder is None else offload_folder.name
+    model = None
+    try:
+        with turn.work(), _reporting(progress, cancel):
+            model, info = _from_pretrained(placement, skeleton, folder, _download_bar(progress, cancel))
+        _check_cancelled(cancel)
+        progress(Progress(stage="check", done=0, total=None, text="checking the tensors against the preview"))
+        tokenizer = _tokenizer(skeleton)
+        report = _check(model, info, placement, time.perf_counter() - started)
+    except BaseException:
+        del model
+        if offload_folder is not None:
+            offload_folder.cleanup()
+        give_back()
+        _check_cancelled(cancel)  # libraries wrap what stopped a download in errors of their own
+        raise
+    return Session(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        placement=placement,
+        load_report=report,
+        skeleton=skeleton,
+        _offload_folder=offload_folder,
+    )
+
+
+def _check_free(placement: Placement, here: Machine) -> None:
+    """Compare with what is free at this moment: the preview may be minutes old."""
+    for device, memory in placement.memory.items():
+        free = here.device(device).free_bytes
+        if device != "disk" and memory.used_bytes > free:
+            raise ValueError(
+                f"{here.device(device).label} has {format_bytes(free)} free now, but {format_bytes(memory.used_bytes)} "
+                "are needed: close other programs or models, or lower the budgets."
+            )
+
+
+def _check_cancelled(cancel: threading.Event) -> None:
+    if cancel.is_set():
+        raise Cancelled("The load was cancelled.")
+
+
+@contextlib.contextmanager
+def _reporting(progress: Callable[[Progress], None], cancel: threading.Event) -> Iterator[None]:
+    """Turn transformers' progress bar over the weights into our progress, and make each step a place to cancel."""
+    import transformers
+
+    here = threading.current_thread()
+
+    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.current_thread() is not here:  # somebody else's bar
+            return factory(*args, **kwargs)
+        return _Steps(args[0] if args else kwargs.get("iterable", ()), kwargs.get("total"), progress, cancel)
+
+    previous = transformers.logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        transformers.logging.set_tqdm_hook(previous)
+
+
+class _Steps:
+    """Stands in for a tqdm bar over the weights."""
+
+    def __init__(
+        self, items: Any, total: int | None, progress: Callable[[Progress], None], cancel: threading.Event
+    ) -> None:
+        self._items = items
+        self._total = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
+        self._progress, self._cancel = progress, cancel
+
+    def __iter__(self) -> Iterator[Any]:
+        for done, item in enumerate(self._items):
+            _check_cancelled(self._cancel)
+            turn.pause()
+            self._progress(
+                Progress(stage="read", done=done, total=self._total, text=f"reading weights {done} of {self._total}")
+            )
+            yield item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *_, **__: None  # update, set_description, close, ...
+
+
+def _from_pretrained(
+    placement: Placement, skeleton: Skeleton, offload_folder: str | None, download_bar: type
+) -> tuple[Any, dict[str, Any]]:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    _quiet_bitsandbytes()
+    source = skeleton.source
+    options: dict[str, Any] = {
+        "revision": source.revision,
+        "trust_remote_code": source.trust_remote_code,
+        "use_safetensors": None if source.allow_pickle else True,
+        "dtype": getattr(torch, placement.dtype),
+        "device_map": dict(placement.device_map),
+        "quantization_config": placement.recipe.precision.to_config(placement.dtype),
+        "offload_folder": offload_folder,
+        "output_loading_info": True,
+    }
+    if not source.is_local:
+        options["tqdm_class"] = download_bar
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source.location, **options)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of {source.title} are damaged or cut short ({error}): fetch them again."
+        ) from None
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{source.title} ran out of memory while it was loaded, though the preview said that it fits; lower the "
+            f"budgets by a GiB and try again. ({str(error).splitlines()[0]})"
+        ) from None
+    except (Cancelled, ValueError):
+        raise
+    except Exception as error:  # models from anywhere, in libraries that raise anything
+        raise ValueError(f"{source.title} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    return model, info
+
+
+def _download_bar(progress: Callable[[Progress], None], cancel: threading.Event) -> type:
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        """Reports bytes in place of drawing, and ends a download that is cancelled; the next one resumes it."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self._done, self._all = int(kwargs.get("initial") or 0), kwargs.get("total")
+
+        def update(self, n: float | None = 1) -> bool | None:
+            _check_cancelled(cancel)
+            self._done += int(n or 0)
+            total = int(self._all) if self._all else None
+            of = f" of {format_bytes(total)}" if total else ""
+            progress(
+                Progress(
+                    stage="download", done=self._done, total=total, text=f"downloading {format_bytes(self._done)}{of}"
+                )
+            )
+            return None
+
+    return Bar
+
+
+def _quiet_bitsandbytes() -> None:
+    """Silence a warning that bitsandbytes logs for every layer of every token when it casts to float16 for int8."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def _tokenizer(skeleton: Skeleton) -> Any | None:
+    """The model's tokenizer, or None where it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    source = skeleton.source
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        return None
+
+
+# --- after the load ---------------------------------------------------------------------------------------------------
+
+
+def _check(model: Any, info: dict[str, Any], placement: Placement, seconds: float) -> LoadReport:
+    measured = measure_weights(model)
+    predicted = {device: memory.weight_bytes for device, memory in placement.memory.items()}
+    lines = []
+    matches = True
+    for device in dict.fromkeys((*predicted, *measured)):
+        foretold, found = predicted.get(device, 0), measured.get(device, 0)
+        label = f"cuda:{device}" if isinstance(device, int) else device
+        if foretold == found:
+            lines.append(f"{label}: {found:,} bytes of weights, as previewed.")
+        else:
+            matches = False
+            lines.append(f"{label}: {found:,} bytes of weights, {found - foretold:+,} against the preview.")
+    actual = getattr(model, "hf_device_map", None)  # models on one device have none
+    if actual is not None and dict(actual) != placement.device_map:
+        matches = False
+        lines.append("The device map differs from the preview's.")
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        lines.append(
+            f"{len(missing)} weights are not in the checkpoint and are RANDOM: {', '.join(missing[:3])}"
+            + (", ..." if len(missing) > 3 else ".")
+        )
+    return LoadReport(
+        seconds=seconds, predicted_bytes=predicted, measured_bytes=measured, matches=matches, lines=tuple(lines)
+    )
