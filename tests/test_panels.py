@@ -58,12 +58,13 @@ def bench(tiny_llama: Path) -> Iterator[wb.Workbench]:
 
 @pytest.fixture
 def placed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Each call of place() by the panels is noted, by whether it was asked to measure."""
+    """Each call of place() by the panels but those for advice is noted, by whether it was asked to measure."""
     calls: list[bool] = []
     real = state_module.place
 
     def noted(*args: Any, **options: Any) -> wb.Placement:
-        calls.append(options["measure"])
+        if not options["advice"]:
+            calls.append(options["measure"])
         return real(*args, **options)
 
     monkeypatch.setattr(state_module, "place", noted)
@@ -152,7 +153,7 @@ def test_a_slider_is_one_change_one_recompute_and_one_redrawing(bench: wb.Workbe
     assert "2,684,354,560 bytes may be used" in notes
     assert "Memory &lt;disk&gt;" in notes
     assert placed == [False]
-    assert len(seen) == 1
+    assert len([change for change in seen if change["new"].advice is None]) == 1
 
 
 def test_what_a_text_box_takes_moves_the_slider_and_nothing_goes_back_and_forth(
@@ -447,6 +448,23 @@ def test_callbacks_on_many_threads_leave_controls_and_recipe_agreeing(bench: wb.
     assert find(bench, "wb-memory-cpu").value * GIB == budgets["cpu"] == 15 * GIB // 2
     assert bench.placement is not None
     assert bench.placement.recipe == bench.recipe
+
+
+def test_advice_comes_when_a_slider_rests_and_its_button_follows_it(bench: wb.Workbench) -> None:
+    bench.recipe = bench.recipe.with_(max_memory={0: 100_000})
+    assert bench._state.settle(60)
+    assert bench.placement is not None
+    assert bench.placement.verdict == "does_not_fit"
+    advice = bench.placement.advice
+    assert advice
+    row = next(index for index, sentence in enumerate(advice) if sentence.startswith("Raise cuda:0"))
+    button = bench._preview.advice.buttons[row]
+    assert button.tooltip == f"Do it: {advice[row]}"
+    click(button)
+    assert bench._state.settle(60)
+    assert bench.placement.verdict == "fits"
+    assert bench.recipe == advice[row].apply(bench.recipe)
+    assert all(button.layout.display == "none" for button in bench._preview.advice._rows[1:])
 
 
 def test_an_error_in_a_callback_is_seen_and_the_next_move_works(

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from workbench.hardware import Machine
 from workbench.model import refuses_unknown
-from workbench.placement import Placement, place
+from workbench.placement import Placement, longest_context, place
 from workbench.precision import FourBit, FullPrecision, Int8
-from workbench.skeleton import Skeleton, read_skeleton
+from workbench.skeleton import read_skeleton
 from workbench.speed import Speed, predict_speed
-from workbench.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 # From the most exact to the smallest; fp4 is left out because nf4 is as small and keeps more.
 _LADDER: tuple[Precision, ...] = (FullPrecision(), Int8(), FourBit(double_quant=False), FourBit())
 _VERDICTS = ("fits", "offloads", "does_not_fit")
-_MOST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,30 +82,3 @@ def what_fits(
     return tuple(
         sorted(found, key=lambda fit: _VERDICTS.index(fit.placement.verdict))
     )  # stable: the order given decides
-
-
-def longest_context(placement: Placement, skeleton: Skeleton) -> int | None:
-    """The longest context with which a placement's own map works.
-
-    Args:
-        placement: Of any machine.
-        skeleton: Its model.
-
-    Returns:
-        Tokens for each sequence, at the placement's batch size; 0 if none works, None while the cache is unknown.
-    """
-    if placement.kv_cache_bytes is None:
-        return None
-    if placement.unplaced:
-        return 0
-    fixed = placement.recipe.with_(strategy="custom", device_map=placement.device_map)
-    batch = placement.recipe.workload.batch_size
-    low, high = 0, skeleton.context_length or _MOST_TOKENS
-    while low < high:
-        middle = (low + high + 1) // 2
-        tried = fixed.with_(workload=Workload(context_length=middle, batch_size=batch))
-        if place(tried, machine=placement.machine, skeleton=skeleton, measure=False).verdict == "does_not_fit":
-            high = middle - 1
-        else:
-            low = middle
-    return low

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.hardware import Machine, format_bytes
 from workbench.model import check_weights, refuses_unknown
 from workbench.placement import Placement, place
+from workbench.precision import GPTQ
 from workbench.session import Cancelled, LoadReport, Progress, Session, give_back, in_worker
 from workbench.sizes import measure_weights
 from workbench.skeleton import Skeleton, read_skeleton, turn
@@ -61,9 +62,14 @@ def _load(
     if machine is not None and machine.name != here.name:
         raise ValueError(f"The preview is for {machine.name!r}, not for this machine: pick 'This machine' to load.")
     skeleton = read_skeleton(recipe.model)
+    if isinstance(recipe.precision, GPTQ) and getattr(skeleton.config, "quantization_config", None) is None:
+        raise ValueError(
+            f"{skeleton.source.title} is not quantized, and GPTQ is not done while loading: quantize it first with "
+            "workbench.quantize(recipe, output_dir), then load that folder."
+        )
     placement = place(recipe, machine=machine or here, skeleton=skeleton)
     if placement.verdict == "does_not_fit":
-        raise ValueError(" ".join((placement.summary, *placement.advice)))
+        raise ValueError(" ".join((placement.summary, *(placement.advice or ()))))
     _check_free(placement, here)
     check_weights(skeleton.source)
     _check_cancelled(cancel)

@@ -7,6 +7,7 @@ tests/test_placement.py compares the results with ``from_pretrained`` itself and
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import weakref
 from contextlib import contextmanager
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from workbench.hardware import DeviceId, Machine
 from workbench.model import refuses_unknown
 from workbench.packed import pack_model
-from workbench.precision import FullPrecision
+from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.sizes import Sizes, device_of, sizes_of
 from workbench.skeleton import Block, MetaModel, Skeleton, read_skeleton, turn
-from workbench.verdict import judge
+from workbench.verdict import Advice, advise, judge
+from workbench.verdict import longest_context as _search_context
 from workbench.workload import Cost, Workload, measure_cost
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from workbench.precision import Precision
     from workbench.recipe import Recipe
+    from workbench.verdict import Attempt
 
 Verdict = Literal["fits", "offloads", "does_not_fit"]
 
@@ -95,7 +98,7 @@ class Placement:
         verdict: ``"fits"``: every layer runs where it is kept. ``"offloads"``: some wait on the CPU or disk and are
             fetched to run. ``"does_not_fit"``: it cannot be loaded or used as asked.
         summary: The verdict in one sentence with numbers.
-        advice: What to do about it, sentences with numbers; may be empty.
+        advice: What to do about it, sentences with numbers that can be applied; may be empty, None if not asked for.
         unplaced: Modules for which no device that was offered has room.
         dtype: What the unquantized weights are kept in.
         total_bytes: Bytes of all weights after the load.
@@ -109,7 +112,7 @@ class Placement:
     memory: dict[DeviceId, DeviceMemory]
     verdict: Verdict
     summary: str
-    advice: tuple[str, ...]
+    advice: tuple[Advice, ...] | None
     unplaced: tuple[str, ...]
     dtype: str
     total_bytes: int
@@ -123,10 +126,32 @@ class Placement:
         gpus = any(device not in ("cpu", "disk") for device in self.device_map.values())
         return tuple(layer for layer in self.layers if layer.device == "disk" or (gpus and layer.device == "cpu"))
 
+    @property
+    def crossings(self) -> int:
+        """How often a token's hidden state is handed from one device to another on its way through the layers."""
+        return sum(a != b for a, b in itertools.pairwise(self.runs_on.values()))
+
+    @property
+    def runs_on(self) -> dict[str, DeviceId]:
+        """Layer name to the device that computes it, in execution order; without what has no room."""
+        gpus = [d for d in self.memory if d not in ("cpu", "disk") and d in self.device_map.values()]
+        main = gpus[0] if gpus else "cpu"
+        waits = {"disk", "cpu"} if gpus else {"disk"}
+        return {
+            layer.name: main if layer.device in waits else layer.device
+            for layer in self.layers
+            if layer.device is not None
+        }
+
 
 @refuses_unknown
 def place(
-    recipe: Recipe, *, machine: Machine | None = None, skeleton: Skeleton | None = None, measure: bool = True
+    recipe: Recipe,
+    *,
+    machine: Machine | None = None,
+    skeleton: Skeleton | None = None,
+    measure: bool = True,
+    advice: bool = True,
 ) -> Placement:
     """Compute where every layer goes and what it costs there. No weights are read.
 
@@ -138,6 +163,7 @@ def place(
         skeleton: The recipe's model, if it is already there; None reads it.
         measure: False leaves cache and activations unknown (None) unless they have been measured before; measuring
             takes up to a few seconds, once for each model and dtype.
+        advice: False leaves the advice out, which is tried out with further plans and takes most of the time.
 
     Returns:
         The placement; one that does not fit is a verdict, not an error.
@@ -149,9 +175,40 @@ def place(
     skeleton = skeleton or read_skeleton(recipe.model)
     _check_context(recipe.workload, skeleton)
     _check_skip_modules(recipe.precision, skeleton)
-    meta = skeleton.meta_model(recipe.precision)
-    sizes = sizes_of(skeleton, recipe.precision)
-    cost = _cost(skeleton, recipe.precision, measure=measure)
+    attempt = _attempts(recipe.precision, machine, skeleton, measure=measure)
+    placement = attempt(recipe)
+    verdict, summary = judge(placement, skeleton)
+    placement = replace(placement, verdict=verdict, summary=summary)
+    return replace(placement, advice=advise(placement, skeleton, attempt)) if advice else placement
+
+
+def longest_context(placement: Placement, skeleton: Skeleton) -> int | None:
+    """The longest context with which a placement's own map works.
+
+    Args:
+        placement: Of any machine.
+        skeleton: Its model.
+
+    Returns:
+        Tokens for each sequence, at the placement's batch size and within what the model allows; 0 if none works, None
+        while the cache is unknown.
+    """
+    if placement.kv_cache_bytes is None:
+        return None
+    if placement.unplaced:
+        return 0
+    attempt = _attempts(placement.recipe.precision, placement.machine, skeleton, measure=False)
+    return _search_context(placement, attempt, skeleton.context_length or _MOST_TOKENS)
+
+
+_MOST_TOKENS = 1 << 20  # where a model names no limit
+
+
+def _attempts(precision: Precision, machine: Machine, skeleton: Skeleton, *, measure: bool) -> Attempt:
+    """Make a function that places recipes of one model in one precision on one machine."""
+    meta = skeleton.meta_model(precision)
+    sizes = sizes_of(skeleton, precision)
+    cost = _cost(skeleton, precision, measure=measure)
 
     def attempt(tried: Recipe, device_map: Mapping[str, DeviceId] | None = None) -> Placement:
         """Place, but do not judge, a recipe whose tensors are those of the given one."""
@@ -163,7 +220,7 @@ def place(
             memory={},
             verdict="does_not_fit",
             summary="",
-            advice=(),
+            advice=None,
             unplaced=tuple(name for name, device in planned.items() if device not in budgets),
             dtype=meta.dtype,
             total_bytes=0,
@@ -173,9 +230,7 @@ def place(
         )
         return _account(draft, skeleton, sizes, cost, budgets)
 
-    placement = attempt(recipe)
-    verdict, summary, advice = judge(placement, skeleton, attempt)
-    return replace(placement, verdict=verdict, summary=summary, advice=advice)
+    return attempt
 
 
 def _map(
@@ -402,7 +457,7 @@ class _Homes:
         used = set(device_map.values())
         gpus = [device for device in budgets if device in used and device not in ("cpu", "disk")]
         slow: frozenset[DeviceId] = frozenset({"cpu", "disk"})
-        keeps = not isinstance(recipe.precision, FullPrecision) and recipe.precision.fp32_cpu_offload
+        keeps = isinstance(recipe.precision, (Int8, FourBit)) and recipe.precision.fp32_cpu_offload
         # The names on the CPU and disk become skip_modules, and the root's name, "", ends every name.
         everywhere = device_map.get("") in slow
         return cls(

@@ -208,14 +208,14 @@ def device_of(name: str, device_map: Mapping[str, DeviceId]) -> DeviceId | None:
 _totals: weakref.WeakKeyDictionary[Skeleton, dict[Precision, int]] = weakref.WeakKeyDictionary()
 
 
-def smaller_precisions(skeleton: Skeleton, current: Precision) -> list[tuple[str, int]]:
+def smaller_precisions(skeleton: Skeleton, current: Precision) -> list[tuple[Precision, int]]:
     """Total weight bytes under the precisions that are smaller than the current one, from the shapes alone."""
     if isinstance(current, FourBit):
         return []
     if skeleton not in _totals:
         _totals[skeleton] = {precision: _quantized_total(skeleton, precision) for precision in (Int8(), FourBit())}
     smaller = (Int8(), FourBit()) if isinstance(current, FullPrecision) else (FourBit(),)
-    return [(precision.label, _totals[skeleton][precision]) for precision in smaller]
+    return [(precision, _totals[skeleton][precision]) for precision in smaller]
 
 
 def _quantized_total(skeleton: Skeleton, precision: Int8 | FourBit) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from workbench.hardware import DeviceId, device_label, format_bytes, parse_bytes
-from workbench.precision import FullPrecision
+from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.sizes import sizes_of, smaller_precisions
 from workbench.workload import Workload
 
@@ -19,6 +19,34 @@ if TYPE_CHECKING:
     from workbench.skeleton import Skeleton
 
 
+class Advice(str):
+    """A sentence that says what to do, and what that changes in the recipe.
+
+    Attributes:
+        changes: What :meth:`Recipe.with_` takes to follow it; empty where only a person can.
+    """
+
+    __slots__ = ("changes",)
+    changes: Mapping[str, Any]
+
+    def __new__(cls, sentence: str, **changes: Any) -> Advice:  # noqa: PYI034 - a str's constructor names its class
+        """Make a piece of advice from its sentence and the recipe's new choices."""
+        made = super().__new__(cls, sentence)
+        made.changes = changes
+        return made
+
+    def apply(self, recipe: Recipe) -> Recipe:
+        """The recipe with the advice followed; the same one if there is nothing to change.
+
+        Raises:
+            ValueError: If the recipe is another one by now and the change cannot be meant for it.
+        """
+        changes = dict(self.changes)
+        if changes.get("strategy", "custom") != "custom":
+            changes["device_map"] = None
+        return recipe.with_(**changes)
+
+
 class Attempt(Protocol):
     """Places, but does not judge, a recipe for the same model, machine and tensor sizes: to try out advice."""
 
@@ -26,22 +54,40 @@ class Attempt(Protocol):
         """Place a recipe; a ``device_map`` spares the planning where the map cannot change."""
 
 
-def judge(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[Verdict, str, tuple[str, ...]]:
+def judge(placement: Placement, skeleton: Skeleton) -> tuple[Verdict, str]:
     """Judge a placement of which everything is known but the verdict.
 
     Args:
         placement: With bytes, layers and map filled in.
         skeleton: Its model.
-        attempt: Tries out advice before it is given: what is advised with numbers works.
 
     Returns:
-        Verdict, summary and advice.
+        Verdict and summary.
     """
     trouble, summary = _assess(placement)
     verdict: Verdict = "does_not_fit"
-    advice = _advice_impossible_budgets(placement)
+    if trouble in ("offloads", "fits"):
+        verdict = trouble
+    return verdict, " ".join((summary, *_quantizes_little(placement, skeleton)))
+
+
+def advise(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[Advice, ...]:
+    """What to do about a placement, the best first.
+
+    Args:
+        placement: Of which everything is known but the advice.
+        skeleton: Its model.
+        attempt: Tries out advice before it is given: what is advised with numbers works.
+
+    Returns:
+        Sentences; none if all is well.
+    """
+    trouble, _ = _assess(placement)
+    advice = [*_advice_impossible_budgets(placement), *_advice_one_device(placement, attempt)]
+    if trouble in ("homeless", "unquantizable", "short", "offloads"):
+        advice += _advice_strategy(placement, attempt)
     if trouble in ("homeless", "unquantizable", "offloads"):
-        advice += _advice_one_device(placement, attempt)
+        advice += _advice_too_large(placement)
     if trouble == "homeless":
         advice += [*_advice_raise(placement, attempt), *_advice_overflow(placement, attempt)]
     elif trouble == "unquantizable":
@@ -50,12 +96,12 @@ def judge(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[V
         advice += _advice_overflow(placement, attempt)
     elif trouble == "short":
         advice += _advice_short(placement, attempt)
-    else:
-        verdict = trouble
-    if verdict != "fits":
+    elif trouble == "offloads":
+        advice += _advice_raise(placement, attempt)
+    if trouble != "fits":
         advice += _advice_smaller(placement, skeleton)
-    advice += _advice_quantizes_little(placement, skeleton)
-    return verdict, summary, tuple(advice)
+    advice += _advice_crossings(placement)
+    return tuple(advice)
 
 
 _Trouble = Literal["homeless", "unquantizable", "nowhere to run", "short", "offloads", "fits"]
@@ -68,7 +114,7 @@ def _assess(placement: Placement) -> tuple[_Trouble, str]:
     if homeless:
         share = f"{_total(homeless)} of {format_bytes(placement.total_bytes)}"
         return "homeless", f"Does not fit: {_span(placement, homeless)} ({share}) has no room."
-    if waiting and not isinstance(precision, FullPrecision) and not precision.fp32_cpu_offload:
+    if waiting and isinstance(precision, (Int8, FourBit)) and not precision.fp32_cpu_offload:
         return "unquantizable", (
             f"Does not fit: {_span(placement, waiting)} would wait on {_places(waiting)}, where bitsandbytes does not "
             "quantize unless fp32_cpu_offload is on."
@@ -131,30 +177,103 @@ def _as_said(size_bytes: int, *, up: bool) -> int:
     return said_bytes
 
 
-def _advice_impossible_budgets(placement: Placement) -> list[str]:
+def _advice_impossible_budgets(placement: Placement) -> list[Advice]:
+    limits = _limits(placement)
     return [
-        f"The budget of {device_label(device)} ({format_bytes(m.limit_bytes)}) is more than the "
-        f"{format_bytes(m.capacity_bytes)} that it has to give: lower it."
+        Advice(
+            f"The budget of {device_label(device)} ({format_bytes(m.limit_bytes)}) is more than the "
+            f"{format_bytes(m.capacity_bytes)} that it has to give: lower it.",
+            max_memory={**limits, device: _as_said(m.capacity_bytes, up=False)},
+        )
         for device, m in placement.memory.items()
         if m.limit_bytes > m.capacity_bytes and device != "disk"
     ]
 
 
-def _advice_one_device(placement: Placement, attempt: Attempt) -> list[str]:
-    """One device that could take everything, which the strategies miss because they keep room for a second layer."""
+def _advice_one_device(placement: Placement, attempt: Attempt) -> list[Advice]:
+    """One device that could take everything.
+
+    The strategies miss it because they keep room for a second layer, or because they spread what one GPU could hold,
+    and each hand-over from one GPU to the next costs time.
+    """
+    used = [device for device, m in placement.memory.items() if m.weight_bytes]
     for device in _gpus(placement) or ["cpu"]:
         m = placement.memory.get(device)
-        if m is None or placement.total_bytes > m.limit_bytes:
+        if m is None or placement.total_bytes > m.limit_bytes or used == [device]:
             continue
         whole = attempt(placement.recipe.with_(strategy="custom", device_map={"": device}))
         if _assess(whole)[0] == "fits":
             of = f"{format_bytes(whole.memory[device].used_bytes)} of {format_bytes(m.capacity_bytes)}"
             custom = f'strategy="custom" with device_map={{"": {device!r}}}'
-            return [f"All of it would fit on {device_label(device)} ({of}): {custom}."]
+            return [
+                Advice(
+                    f"All of it would fit on {device_label(device)} ({of}): {custom}.",
+                    strategy="custom",
+                    device_map={"": device},
+                )
+            ]
     return []
 
 
-def _advice_raise(placement: Placement, attempt: Attempt) -> list[str]:
+_RANKS: dict[_Trouble, int] = {"fits": 0, "offloads": 1}
+
+
+def _advice_strategy(placement: Placement, attempt: Attempt) -> list[Advice]:
+    """Another strategy that puts more where it runs."""
+    recipe, gpus = placement.recipe, _gpus(placement)
+    if recipe.strategy == "custom" or not gpus:
+        return []
+    now = (_RANKS.get(_assess(placement)[0], 2), sum(layer.bytes_after for layer in placement.waiting))
+    for strategy, why in (
+        ("balanced_low_0", f"leaves room on {device_label(gpus[0])} for generation"),
+        ("packed", "fills gaps that the others leave"),
+    ):
+        if strategy == recipe.strategy or (strategy == "balanced_low_0" and len(gpus) == 1):
+            continue
+        try:
+            tried = attempt(recipe.with_(strategy=strategy))
+        except ValueError:  # what transformers itself cannot plan
+            continue
+        trouble, _ = _assess(tried)
+        waiting = sum(layer.bytes_after for layer in tried.waiting)
+        if trouble in _RANKS and (_RANKS[trouble], waiting) < now:
+            comes_to = "everything fits" if trouble == "fits" else f"only {format_bytes(waiting)} would wait"
+            return [Advice(f'strategy="{strategy}" {why}: {comes_to}.', strategy=strategy)]
+    return []
+
+
+def _advice_too_large(placement: Placement) -> list[Advice]:
+    """Name a block that is larger than any fast device's budget: no budget between the two changes anything."""
+    gpus = [placement.memory[d] for d in _gpus(placement)] or [m for d, m in placement.memory.items() if d == "cpu"]
+    largest = max(placement.layers, key=lambda layer: layer.bytes_after)
+    room = max((m.limit_bytes for m in gpus), default=0)
+    if not gpus or largest.bytes_after <= room:
+        return []
+    return [
+        Advice(
+            f"{largest.name} alone ({format_bytes(largest.bytes_after)}) is larger than every budget "
+            f"(at most {format_bytes(room)}): it cannot be kept where it runs."
+        )
+    ]
+
+
+def _advice_crossings(placement: Placement) -> list[Advice]:
+    """Warn of a map of one's own that goes back and forth."""
+    if placement.recipe.strategy != "custom":
+        return []
+    devices = {layer.device for layer in placement.layers if layer.device is not None}
+    back = placement.crossings - (len(devices) - 1)
+    if back <= 0:
+        return []
+    return [
+        Advice(
+            f"This map hands the hidden states over {placement.crossings} times, where {len(devices) - 1} would do: "
+            "neighbouring layers on one device are faster."
+        )
+    ]
+
+
+def _advice_raise(placement: Placement, attempt: Attempt) -> list[Advice]:
     """How much more budget would do, on the device with the most to spare."""
     recipe, memory = placement.recipe, placement.memory
     if recipe.strategy == "custom":
@@ -181,15 +300,15 @@ def _advice_raise(placement: Placement, attempt: Attempt) -> list[str]:
     return [_raise(placement, {device: raised})]
 
 
-def _raise(placement: Placement, raised: Mapping[DeviceId, int]) -> str:
+def _raise(placement: Placement, raised: Mapping[DeviceId, int]) -> Advice:
     changes = (
         f"{device_label(device)} from {format_bytes(placement.memory[device].limit_bytes)} to {format_bytes(limit)}"
         for device, limit in raised.items()
     )
-    return f"Raise {' and '.join(changes)}."
+    return Advice(f"Raise {' and '.join(changes)}.", max_memory={**_limits(placement), **raised})
 
 
-def _advice_overflow(placement: Placement, attempt: Attempt) -> list[str]:
+def _advice_overflow(placement: Placement, attempt: Attempt) -> list[Advice]:
     """Let the rest wait in RAM, or on disk, where that was not offered."""
     recipe, machine = placement.recipe, placement.machine
     if recipe.strategy == "custom":
@@ -203,22 +322,26 @@ def _advice_overflow(placement: Placement, attempt: Attempt) -> list[str]:
     if device == "cpu" and budget < sum(layer.bytes_after for layer in _homeless(placement)):
         return []
     limits = {**_limits(placement), device: budget}
-    return [advice] if _works(attempt, recipe.with_(max_memory=limits)) else []
+    return [Advice(advice, max_memory=limits)] if _works(attempt, recipe.with_(max_memory=limits)) else []
 
 
-def _advice_unquantizable(placement: Placement, attempt: Attempt) -> list[str]:
+def _advice_unquantizable(placement: Placement, attempt: Attempt) -> list[Advice]:
     recipe = placement.recipe
-    if isinstance(recipe.precision, FullPrecision):
+    if not isinstance(recipe.precision, (Int8, FourBit)):
         return []
     if not _gpus(placement):
-        return ["Without a GPU, fp32_cpu_offload would leave everything unquantized: raise the budget of cpu instead."]
+        return [
+            Advice(
+                "Without a GPU, fp32_cpu_offload would leave everything unquantized: raise the budget of cpu instead."
+            )
+        ]
     keeping = recipe.with_(precision=replace(recipe.precision, fp32_cpu_offload=True))
     if not _works(attempt, keeping, placement.device_map):
         return []
-    return ["Set fp32_cpu_offload=True to keep those modules unquantized."]
+    return [Advice("Set fp32_cpu_offload=True to keep those modules unquantized.", precision=keeping.precision)]
 
 
-def _advice_short(placement: Placement, attempt: Attempt) -> list[str]:
+def _advice_short(placement: Placement, attempt: Attempt) -> list[Advice]:
     advice = []
     recipe, memory, limits = placement.recipe, placement.memory, _limits(placement)
     over = [d for d in memory if _over_limit(placement, d) > 0]
@@ -235,19 +358,23 @@ def _advice_short(placement: Placement, attempt: Attempt) -> list[str]:
         if lowered and _works(attempt, recipe.with_(max_memory={**limits, **lowered})):
             changes = (f"{device_label(d)} to at most {format_bytes(limit)}" for d, limit in lowered.items())
             advice.append(
-                f"Lower the budget of {' and of '.join(changes)}: the strategies fill a budget with weights and leave "
-                "no room for cache and activations."
+                Advice(
+                    f"Lower the budget of {' and of '.join(changes)}: the strategies fill a budget with weights and "
+                    "leave no room for cache and activations.",
+                    max_memory={**limits, **lowered},
+                )
             )
-    context = 0 if over else _longest_context(placement, attempt)
+    context = 0 if over else longest_context(placement, attempt, recipe.workload.context_length)
     if context:
-        advice.append(f"A context of {context:,} tokens would fit.")
+        workload = replace(recipe.workload, context_length=context)
+        advice.append(Advice(f"A context of {context:,} tokens would fit.", workload=workload))
     return advice
 
 
-def _longest_context(placement: Placement, attempt: Attempt) -> int:
-    """The longest context with which the same map works; 0 if there is none."""
+def longest_context(placement: Placement, attempt: Attempt, high: int) -> int:
+    """The longest context, up to ``high`` tokens, with which the same map works; 0 if there is none."""
     recipe = placement.recipe
-    low, high = 0, recipe.workload.context_length
+    low = 0
     while low < high:
         middle = (low + high + 1) // 2
         workload = Workload(context_length=middle, batch_size=recipe.workload.batch_size)
@@ -258,7 +385,7 @@ def _longest_context(placement: Placement, attempt: Attempt) -> int:
     return low
 
 
-def _advice_smaller(placement: Placement, skeleton: Skeleton) -> list[str]:
+def _advice_smaller(placement: Placement, skeleton: Skeleton) -> list[Advice]:
     """The largest smaller precision whose weights the fast devices could hold, or else the smallest there is."""
     total = placement.total_bytes
     devices = _gpus(placement) or ["cpu"]
@@ -266,11 +393,12 @@ def _advice_smaller(placement: Placement, skeleton: Skeleton) -> list[str]:
     smaller = [p for p in smaller_precisions(skeleton, placement.recipe.precision) if p[1] < 0.9 * total]
     fitting = [p for p in smaller if p[1] <= 0.9 * room] or smaller[-1:]
     return [
-        f"{label} would take {format_bytes(size)} in place of {format_bytes(total)}." for label, size in fitting[:1]
+        Advice(f"{p.label} would take {format_bytes(size)} in place of {format_bytes(total)}.", precision=p)
+        for p, size in fitting[:1]
     ]
 
 
-def _advice_quantizes_little(placement: Placement, skeleton: Skeleton) -> list[str]:
+def _quantizes_little(placement: Placement, skeleton: Skeleton) -> list[str]:
     """Say it when a method leaves most of a model alone: fused experts, layers that are no plain nn.Linear."""
     precision = placement.recipe.precision
     if isinstance(precision, FullPrecision):
@@ -280,9 +408,11 @@ def _advice_quantizes_little(placement: Placement, skeleton: Skeleton) -> list[s
     untouched = sum(t.kept_bytes for t in tensors if not t.quantized)
     if untouched * 2 <= whole:
         return []
+    experts = sum(t.kept_bytes for t in tensors if not t.quantized and ".experts." in t.name)
+    what = "experts" if 2 * experts > untouched else "weights"
+    share = f"{100 * untouched / whole:.0f} % of this model are {what} that {precision.package} does not quantize"
     change = f"{format_bytes(placement.total_bytes)} in place of {format_bytes(whole)}"
-    share = f"{100 * untouched / whole:.0f} % of this model are weights that bitsandbytes does not quantize"
-    return [f"{share}; as {precision.label} it takes {change}."]
+    return [f"{share}: as {precision.label} it takes {change}."]
 
 
 def _span(placement: Placement, layers: list[Layer]) -> str:

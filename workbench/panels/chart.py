@@ -287,6 +287,8 @@ class Chart:
         """
         fig, before = self.figure, self._spec
         look = (spec.height_px, width_px, spec.ticks, len(spec.blocks), spec.unit, dark)
+        if (spec, look) == (before, self._look):
+            return
         with fig.batch_update():
             # Assigning costs time even where nothing changes, and while a slider moves most of it stays.
             if before is None or [bar.label for bar in before.bars] != [bar.label for bar in spec.bars]:

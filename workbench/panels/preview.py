@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import ipywidgets as w
 
 from workbench.hardware import format_bytes
+from workbench.panels.advice import AdviceList
 from workbench.panels.chart import KINDS, Chart, chart_height, chart_spec, spec_as_html
 from workbench.panels.look import Page, classed, close_tree, html, panel, problem_line
 from workbench.speed import predict_speed
@@ -26,6 +27,7 @@ class PreviewPanel:
     Attributes:
         box: What is shown.
         chart: The plotly figure, once there is one.
+        advice: What to do about the verdict.
     """
 
     def __init__(self, state: State) -> None:
@@ -38,7 +40,7 @@ class PreviewPanel:
         self._plain = html("wb-plain")
         self._holder = classed(w.Box([self._plain]), "wb-chart")
         self._why_plain = html("wb-note")
-        self._advice = html("wb-advice")
+        self.advice = AdviceList(state)
         self.box = panel(
             "Preview",
             [
@@ -49,7 +51,7 @@ class PreviewPanel:
                 self._holder,
                 html("wb-key", value=_key()),
                 self._why_plain,
-                self._advice,
+                self.advice.box,
             ],
         )
         state.observe(self._show, "placement")
@@ -101,8 +103,6 @@ class PreviewPanel:
         rest = placement.summary.removeprefix(word)
         summary = f"<b>{symbol} {word}</b>{escape(rest)}{self._speed(placement)}"
         self._verdict.value = f'<div role="status" title="{_exact(placement)}">{summary}</div>'
-        items = "".join(f"<li>{escape(line)}</li>" for line in placement.advice)
-        self._advice.value = f"<ul>{items}</ul>" if items else ""
         self._redraw()
 
     def _speed(self, placement: Placement) -> str:

@@ -32,6 +32,9 @@ class _Answer:
     placement: Placement
 
 
+_REST_SECONDS = 0.15
+
+
 class State(HasTraits):
     """Inputs, results, and what is going on. Panels observe the traits; only the methods here change them.
 
@@ -103,11 +106,9 @@ class State(HasTraits):
             if good is None or good.recipe.model != recipe.model or _warmth(recipe) not in self._warm:
                 self._publish(recipe, machine)
             else:
-                placement = place(recipe, machine=machine, skeleton=good.skeleton, measure=False)
+                placement = place(recipe, machine=machine, skeleton=good.skeleton, measure=False, advice=False)
                 answer = _Answer(recipe=recipe, machine=machine, skeleton=good.skeleton, placement=placement)
                 self._publish(recipe, machine, answer)
-                if placement.kv_cache_bytes is not None:
-                    return
             self._want()
 
     def replace(self, recipe: Recipe) -> None:
@@ -121,14 +122,13 @@ class State(HasTraits):
         self.settle()  # before that, the machine's accelerators are unknown
         machine = self.machine
         skeleton = read_skeleton(recipe.model)
-        placement = place(recipe, machine=machine, skeleton=skeleton, measure=False)
+        placement = place(recipe, machine=machine, skeleton=skeleton, measure=False, advice=False)
         with self.lock:
             self.set_trait("problems", {})
             answer = _Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement)
             self._publish(recipe, machine, answer)
             self._warm.add(_warmth(recipe))
-            if placement.kv_cache_bytes is None:
-                self._want()
+            self._want()
 
     def settle(self, timeout: float | None = None) -> bool:
         """Wait until the planner has nothing left to do.
@@ -252,15 +252,31 @@ class State(HasTraits):
                 return
             if self._shorten(recipe, skeleton):
                 return
-        self._say("Working out where every layer goes ...")
-        placement = place(recipe, machine=machine, skeleton=skeleton, measure=False)
-        if self._offer(_Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement)):
-            if placement.kv_cache_bytes is None:
-                self._say("Measuring the KV cache and the activations ...")
-                placement = place(recipe, machine=machine, skeleton=skeleton, measure=True)
-                self._offer(_Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement))
-            with self.lock:
-                self._warm.add(_warmth(recipe))
+
+        def offer(*, measure: bool, advice: bool) -> Placement | None:
+            placement = place(recipe, machine=machine, skeleton=skeleton, measure=measure, advice=advice)
+            answer = _Answer(recipe=recipe, machine=machine, skeleton=skeleton, placement=placement)
+            return placement if self._offer(answer) else None
+
+        placement = self.placement if self.is_current else None
+        if placement is None:
+            self._say("Working out where every layer goes ...")
+            placement = offer(measure=False, advice=False)
+        if placement is not None and placement.kv_cache_bytes is None:
+            self._say("Measuring the KV cache and the activations ...")
+            placement = offer(measure=True, advice=False)
+        if placement is None:
+            return
+        with self.lock:
+            self._warm.add(_warmth(recipe))
+        # Advice is tried out with further plans: not before a moving slider has come to rest.
+        if not self._moved_on(_REST_SECONDS):
+            offer(measure=True, advice=True)
+
+    def _moved_on(self, seconds: float) -> bool:
+        """Wait whether a newer wish comes within so many seconds."""
+        with self._wake:
+            return self._wake.wait_for(lambda: self._wanted or self._closed, seconds)
 
     def _shorten(self, recipe: Recipe, skeleton: Skeleton) -> bool:
         """Lower a context that was meant for another model to what a newly picked one allows, and say so."""
