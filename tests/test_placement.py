@@ -49,7 +49,7 @@ def device(home: int | str, free_bytes: int = BIG) -> Device:
     )
 
 
-MACHINE = Machine(devices=tuple(device(home) for home in (0, 1, 2, "cpu", "disk")))
+MACHINE = Machine(devices=tuple(device(home) for home in (*range(8), "cpu", "disk")))
 
 
 def placed(folder: Path, max_memory: Any = None, *, machine: Machine = MACHINE, **choices: Any) -> Placement:
@@ -88,6 +88,10 @@ BUDGETS: list[dict[Any, float]] = [
     {0: 0, 1: 1, "cpu": 1},
     {0: 0.1, 1: 0.1, 2: 0.1, "cpu": 0.1},
     {2: 0.5, "disk": 9},
+    dict.fromkeys(range(8), 0.2),
+    dict.fromkeys(range(8), 0.12),
+    {**dict.fromkeys(range(8), 0.1), "cpu": 1},
+    {**{gpu: 0.05 + 0.05 * (gpu % 3) for gpu in range(8)}, "cpu": 0.3, "disk": 9},
 ]
 _random = random.Random(7)  # noqa: S311 - more of the same, no secret
 BUDGETS += [

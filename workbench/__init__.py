@@ -13,7 +13,7 @@ from workbench.hardware import Device, Machine
 from workbench.loading import load
 from workbench.model import ModelRef, fetch_demo_model
 from workbench.placement import DeviceMemory, Layer, Placement, place
-from workbench.precision import FourBit, FullPrecision, Int8
+from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
 from workbench.recipe import Recipe
 from workbench.session import Cancelled, GenerationStats, LoadReport, Progress, Session
 from workbench.skeleton import Skeleton, read_skeleton
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPTQ",
     "Calibration",
     "Cancelled",
     "Device",

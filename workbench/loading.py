@@ -75,9 +75,9 @@ def _load(
     _check_cancelled(cancel)
 
     offload_folder = None
-    if "disk" in placement.device_map.values():
+    if "disk" in placement.device_map.values() and recipe.offload_folder is None:
         offload_folder = tempfile.TemporaryDirectory(prefix="workbench-offload-", ignore_cleanup_errors=True)
-    folder = None if offload_folder is None else offload_folder.name
+    folder = recipe.offload_folder if offload_folder is None else offload_folder.name
     model = None
     try:
         with turn.work(), _reporting(progress, cancel):
@@ -187,6 +187,7 @@ def _from_pretrained(
         "device_map": dict(placement.device_map),
         "quantization_config": placement.recipe.precision.to_config(placement.dtype),
         "offload_folder": offload_folder,
+        "offload_buffers": placement.recipe.offload_buffers,
         "output_loading_info": True,
     }
     if not source.is_local:

@@ -245,9 +245,9 @@ def _map(
     if recipe.strategy == "packed":
         return pack_model(recipe, machine=machine, budgets=budgets, skeleton=skeleton, sizes=sizes, cost=cost)
     if recipe.strategy != "custom":
-        return _plan(skeleton.meta_model(recipe.precision), recipe.strategy, budgets)
+        return _plan(recipe, skeleton.meta_model(recipe.precision), budgets)
     device_map = recipe.device_map or {}
-    _check_custom_map(device_map, budgets, skeleton, sizes)
+    _check_custom_map(recipe, budgets, skeleton, sizes)
     return device_map
 
 
@@ -297,10 +297,9 @@ def _budgets(recipe: Recipe, machine: Machine) -> dict[DeviceId, int]:
     return budgets
 
 
-def _check_custom_map(
-    device_map: Mapping[str, DeviceId], budgets: Mapping[DeviceId, int], skeleton: Skeleton, sizes: Sizes
-) -> None:
-    known = sizes.module_names
+def _check_custom_map(recipe: Recipe, budgets: Mapping[DeviceId, int], skeleton: Skeleton, sizes: Sizes) -> None:
+    device_map, known = recipe.device_map or {}, sizes.module_names
+    whole = skeleton.no_split_classes if recipe.no_split_module_classes is None else recipe.no_split_module_classes
     for name, device in device_map.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -319,7 +318,7 @@ def _check_custom_map(
     for block in skeleton.blocks:
         inside = [name for name in device_map if name.startswith(f"{block.name}.")]
         devices = {device_of(t.name, device_map) for t in sizes.tensors if sizes.block_of[t.name] == block.name}
-        if inside and len(devices) > 1 and block.class_name in skeleton.no_split_classes:
+        if inside and len(devices) > 1 and block.class_name in whole:
             raise ValueError(
                 f"device_map splits {block.name}, but a {block.class_name} must stay on one device: give it one device "
                 "in place of its parts."
@@ -363,13 +362,15 @@ def _element_sizes(meta: MetaModel) -> _ElementSizes:
     return _all_element_sizes[meta]
 
 
-def _plan(meta: MetaModel, strategy: str, budgets: Mapping[DeviceId, int]) -> dict[str, DeviceId]:
+def _plan(recipe: Recipe, meta: MetaModel, budgets: Mapping[DeviceId, int]) -> dict[str, DeviceId]:
     """What ``from_pretrained(device_map=strategy, max_memory=budgets)`` computes; "disk" where nothing has room."""
     from transformers.integrations import accelerate as planner
 
-    module, quantizer = meta.module, meta.quantizer
+    strategy, module, quantizer = recipe.strategy, meta.module, meta.quantizer
     sizes = None if quantizer is None else _element_sizes(meta)
-    no_split = module._no_split_modules  # noqa: SLF001 - see the module's docstring
+    no_split: Any = module._no_split_modules  # noqa: SLF001 - see the module's docstring
+    if recipe.no_split_module_classes is not None:
+        no_split = set(recipe.no_split_module_classes)
     try:
         with _without_warnings_about_absent_devices():
             if strategy == "sequential":
@@ -384,11 +385,14 @@ def _plan(meta: MetaModel, strategy: str, budgets: Mapping[DeviceId, int]) -> di
                 )
             if quantizer is not None:
                 memory = quantizer.adjust_max_memory(memory)
+            if recipe.fallback_allocation:
+                return _plan_with_fallback(meta, memory, no_split, offload_buffers=recipe.offload_buffers)
             return dict(
                 planner.infer_auto_device_map(
                     module,
                     max_memory=memory,
                     no_split_module_classes=no_split,
+                    offload_buffers=recipe.offload_buffers,
                     hf_quantizer=sizes,
                     no_placement_params=getattr(module, "_no_placement_params", None),
                 )
@@ -402,6 +406,32 @@ def _plan(meta: MetaModel, strategy: str, budgets: Mapping[DeviceId, int]) -> di
             f"transformers cannot plan strategy {strategy!r} for these budgets ({type(error).__name__}: {error}); "
             "choose another strategy, or a custom device_map."
         ) from error
+
+
+def _plan_with_fallback(
+    meta: MetaModel, memory: dict[DeviceId, int], no_split: Any, *, offload_buffers: bool
+) -> dict[str, DeviceId]:
+    """Accelerate's planner, which transformers' was made from and which alone can fall back to another module."""
+    import torch
+    from accelerate.utils import CustomDtype, infer_auto_device_map
+
+    special: dict[str, Any] = {}
+    if meta.quantizer is not None:
+        smaller = {0.5: CustomDtype.INT4, 1: torch.int8}
+        for name, tensor in meta.module.named_parameters():
+            size = _element_sizes(meta).param_element_size(meta.module, name, tensor)
+            if size < tensor.element_size():
+                special[name] = smaller.get(size, torch.int8)
+    return dict(
+        infer_auto_device_map(
+            meta.module,
+            max_memory=memory,
+            no_split_module_classes=list(no_split or ()),
+            special_dtypes=special,
+            offload_buffers=offload_buffers,
+            fallback_allocation=True,
+        )
+    )
 
 
 @contextmanager
@@ -451,6 +481,7 @@ class _Homes:
     main: DeviceId
     offloaded: frozenset[DeviceId]
     unquantized: frozenset[DeviceId]  # devices on which bitsandbytes leaves modules alone
+    offload_buffers: bool  # those that the checkpoint holds
 
     @classmethod
     def of(cls, recipe: Recipe, device_map: dict[str, DeviceId], budgets: Mapping[DeviceId, int]) -> _Homes:
@@ -465,6 +496,7 @@ class _Homes:
             main=gpus[0] if gpus else "cpu",
             offloaded=slow if gpus else frozenset({"disk"}),
             unquantized=(frozenset(budgets) if everywhere else slow) if keeps else frozenset(),
+            offload_buffers=recipe.offload_buffers,
         )
 
     def runs_on(self, device: DeviceId) -> DeviceId:
@@ -492,9 +524,12 @@ def _place_block(block: Block, sizes: Sizes, homes: _Homes, weights: dict[Device
         quantized |= piece.quantized and not keep
         shares[device] = shares.get(device, 0) + parameters + piece.buffer_bytes
         if device is not None:
-            weights[device] += parameters
+            follows = piece.saved_buffer_bytes if homes.offload_buffers and device in homes.offloaded else 0
+            weights[device] += parameters + follows
+            if follows and device == "disk":
+                weights[device] -= piece.saved_upcast_bytes
             home = homes.runs_on(device)
-            weights[home] = weights.get(home, 0) + piece.buffer_bytes
+            weights[home] = weights.get(home, 0) + piece.buffer_bytes - follows
     return Layer(
         name=block.name,
         class_name=block.class_name,

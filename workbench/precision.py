@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from workbench.model import refuses_unknown
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 DTYPES = ("float32", "bfloat16", "float16")
+GPTQ_BACKENDS = (
+    "auto",
+    "torch",
+    "torch_fused",
+    "torch_aten",
+    "torch_int8",
+    "triton",
+    "exllama_v1",
+    "exllama_v2",
+    "marlin",
+    "machete",
+    "bitblas",
+)
 _BLOCK = 64  # weights that share one absmax in bitsandbytes' 4-bit formats
 _NESTED_BLOCK = 256  # absmax values that share one nested absmax under double quantization
 _CODE_BYTES = 16 * 4  # the 16 float32 values that a 4-bit number can mean
@@ -212,8 +228,140 @@ def _bitsandbytes_lines(precision: Int8 | FourBit, options: list[str]) -> list[s
     return ["quantization_config = BitsAndBytesConfig(", *(f"    {option}," for option in options), ")"]
 
 
-Precision = FullPrecision | Int8 | FourBit
-PRECISIONS: dict[str, type[Precision]] = {cls.method: cls for cls in (FullPrecision, Int8, FourBit)}
+@refuses_unknown
+@dataclass(frozen=True, kw_only=True)
+class GPTQ:
+    """Linear weights of the decoder layers in 2 to 8 bits, rounded layer by layer so that their outputs change least.
+
+    Not done while a model is loaded: ``workbench.quantize`` writes a folder, which is then a model of its own. For such
+    a folder, ours or from anywhere, these are the options that it was made with.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: So many weights of a row share one scale and zero point: 32, 64, 128, or -1 for the whole row.
+        desc_act: Quantize the columns with the largest activations first ("act-order"): better, slower to run.
+        sym: Symmetric about zero; False stores a zero point for each group.
+        damp_percent: What is added to the diagonal of the Hessian, as a part of its mean.
+        true_sequential: Within a layer, let each module see the output of those that are already quantized.
+        skip_modules: Modules to leave alone, by name or part of a name, such as ``"down_proj"`` or
+            ``"layers.0.mlp"``. What is outside the decoder layers (the head) is always left alone.
+        format: ``"gptq"`` (v1, which every loader reads) or ``"gptq_v2"``, which AutoGPTQ and old loaders misread.
+        backend: The kernel that multiplies, of ``GPTQ_BACKENDS``; ``"auto"`` is the fastest that is right here.
+    """
+
+    method: ClassVar[str] = "gptq"
+    package: ClassVar[str | None] = "gptqmodel"
+    bits: int = 4
+    group_size: int = 128
+    desc_act: bool = False
+    sym: bool = True
+    damp_percent: float = 0.1
+    true_sequential: bool = True
+    skip_modules: tuple[str, ...] = ()
+    format: str = "gptq"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        for name, value in (("bits", self.bits), ("group_size", self.group_size)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} is a whole number, not {value!r}.")  # noqa: TRY004 - one kind of error for bad input
+        _check_choice("bits", self.bits, (2, 3, 4, 8))
+        if self.group_size != -1 and (self.group_size < 16 or self.group_size & (self.group_size - 1)):
+            raise ValueError(f"group_size is 32, 64, 128 or -1 for a whole row, not {self.group_size!r}.")
+        for name in ("desc_act", "sym", "true_sequential"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is True or False, not {getattr(self, name)!r}.")  # noqa: TRY004 - likewise
+        number = isinstance(self.damp_percent, (int, float)) and not isinstance(self.damp_percent, bool)
+        if not number or not 0 < self.damp_percent < 1:
+            raise ValueError(f"damp_percent is a number between 0 and 1 (0.1 is usual), not {self.damp_percent!r}.")
+        object.__setattr__(self, "damp_percent", float(self.damp_percent))
+        _check_choice("format", self.format, ("gptq", "gptq_v2"))
+        _check_choice("backend", self.backend, GPTQ_BACKENDS)
+        _check_skip_modules(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, backend: str = "auto") -> GPTQ:
+        """Read what a folder says of itself: ``quantization_config`` of its config.json, or its quantize_config.json.
+
+        Keys that only its maker used are passed over. Which modules it left alone is not taken from here: the tensors
+        in the folder say so.
+
+        Args:
+            config: As AutoGPTQ, gptqmodel, optimum or transformers wrote it.
+            backend: The kernel to load it with.
+
+        Raises:
+            ValueError: If it is not GPTQ's, or in a packing that transformers cannot read.
+        """
+        method = str(config.get("quant_method") or "gptq").lower()
+        layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+        if method != "gptq":
+            raise ValueError(f"This model is quantized with {method!r}, not with GPTQ.")
+        if layout == "marlin" or config.get("is_marlin_format"):
+            raise ValueError("This GPTQ model is packed for Marlin, which nothing reads any more: take its original.")
+        if "bits" not in config:
+            raise ValueError("A GPTQ config says at least how many bits: {'bits': 4, 'group_size': 128}.")
+        return cls(
+            bits=config["bits"],
+            group_size=config.get("group_size", 128),
+            desc_act=bool(config.get("desc_act", False)),
+            sym=bool(config.get("sym", True)),
+            damp_percent=config.get("damp_percent") or 0.01,
+            true_sequential=bool(config.get("true_sequential", True)),
+            format=layout,
+            backend=backend,
+        )
+
+    @property
+    def label(self) -> str:
+        """A few words for a title."""
+        return f"GPTQ {self.bits}-bit, " + ("whole rows" if self.group_size == -1 else f"groups of {self.group_size}")
+
+    def dtype_of(self, model_dtype: str) -> str:
+        """What the weights that are not quantized are kept in: the model's own dtype."""
+        return model_dtype
+
+    def to_config(self, model_dtype: str) -> Any:  # noqa: ARG002 - the signature that every precision has
+        """The ``transformers.GPTQConfig`` of these options, which a folder that is already quantized loads with."""
+        from transformers import GPTQConfig
+
+        return GPTQConfig(
+            bits=self.bits,
+            group_size=self.group_size,
+            desc_act=self.desc_act,
+            act_group_aware=False,
+            sym=self.sym,
+            damp_percent=self.damp_percent,
+            true_sequential=self.true_sequential,
+            format=self.format,
+            backend=self.backend,
+        )
+
+    def to_python(self, model_dtype: str) -> list[str]:  # noqa: ARG002 - likewise
+        """The choice of the kernel as a line of Python; everything else is in the folder that it loads."""
+        if self.backend == "auto":
+            return []
+        return [f'quantization_config = GPTQConfig(bits={self.bits}, backend="{self.backend}")']
+
+    def quantized_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of one quantized weight of ``shape`` (out, in): ``qweight``, ``qzeros``, ``scales`` and ``g_idx``.
+
+        As it stands in the file and after the load; the bias, which stays as it is, and a kernel's own tables are not
+        among them.
+        """
+        rows, columns = shape
+        groups = 1 if self.group_size == -1 else math.ceil(columns / self.group_size)
+        words = math.ceil(columns * self.bits / 32) * rows + groups * math.ceil(rows * self.bits / 32)
+        return 4 * words + 2 * groups * rows + 4 * columns
+
+
+Precision = FullPrecision | Int8 | FourBit | GPTQ
+PRECISIONS: dict[str, type[Precision]] = {cls.method: cls for cls in (FullPrecision, Int8, FourBit, GPTQ)}
 
 
 def precision_to_dict(precision: Precision) -> dict[str, Any]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from workbench.hardware import DeviceId, device_label, parse_bytes
 from workbench.model import ModelRef, refuses_unknown
-from workbench.precision import FourBit, FullPrecision, Int8, Precision, precision_from_dict, precision_to_dict
+from workbench.precision import (
+    GPTQ,
+    FourBit,
+    FullPrecision,
+    Int8,
+    Precision,
+    precision_from_dict,
+    precision_to_dict,
+)
 from workbench.workload import Workload
 
 if TYPE_CHECKING:
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "packed", "custom")
 _VERSION = 1
+_KNOBS = ("no_split_module_classes", "fallback_allocation", "offload_buffers", "offload_folder")
 
 
 def _device_key(key: Any) -> DeviceId:
@@ -37,13 +46,21 @@ class Recipe:
 
     Attributes:
         model: ``"demo"``, a folder, ``"org/name"``, ``"org/name@revision"`` or a :class:`ModelRef`; kept as the latter.
-        precision: :class:`FullPrecision`, :class:`Int8` or :class:`FourBit`.
+        precision: :class:`FullPrecision`, :class:`Int8`, :class:`FourBit` or :class:`GPTQ`.
         strategy: How modules are spread: ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"`` as
             accelerate names them, ``"packed"`` (ours, see packed.py), or ``"custom"`` with a ``device_map``.
         max_memory: The budget for each device: bytes, or text such as ``"20GiB"``. A device left out is not used. None
             is what is free when it is asked, less each device's named reserve, and never the disk.
         device_map: Only for ``"custom"``: module name to device (0, 1, ..., ``"mps"``, ``"cpu"``, ``"disk"``).
         workload: What the KV cache and the activations are for.
+        no_split_module_classes: Classes of modules that the strategies of transformers never split over two devices;
+            None is the model's own list.
+        fallback_allocation: Let accelerate's planner, in place of transformers', look for any module that fits where
+            the next one does not, so that no device stays empty.
+        offload_buffers: Offload the buffers of modules that wait on the CPU or disk too; else they stay where the
+            modules run.
+        offload_folder: Where weights that wait on disk are put if the checkpoint's own files cannot serve; None is a
+            temporary folder that goes with the session.
     """
 
     model: ModelRef = field(default_factory=lambda: ModelRef(name="demo"))
@@ -52,6 +69,10 @@ class Recipe:
     max_memory: Mapping[DeviceId, int | str] | None = None
     device_map: Mapping[str, DeviceId] | None = None
     workload: Workload = field(default_factory=Workload)
+    no_split_module_classes: Sequence[str] | None = None
+    fallback_allocation: bool = False
+    offload_buffers: bool = False
+    offload_folder: str | None = None
 
     def __post_init__(self) -> None:
         """Check the choices as far as they can be checked without the model and the machine.
@@ -61,8 +82,8 @@ class Recipe:
         """
         put = object.__setattr__
         put(self, "model", ModelRef.parse(self.model))
-        if not isinstance(self.precision, (FullPrecision, Int8, FourBit)):
-            raise ValueError(f"precision is FullPrecision(), Int8() or FourBit(), not {self.precision!r}.")  # noqa: TRY004 - one kind of error for bad input
+        if not isinstance(self.precision, (FullPrecision, Int8, FourBit, GPTQ)):
+            raise ValueError(f"precision is FullPrecision(), Int8(), FourBit() or GPTQ(), not {self.precision!r}.")  # noqa: TRY004 - one kind of error for bad input
         if not isinstance(self.workload, Workload):
             raise ValueError(f"workload is Workload(context_length=..., batch_size=...), not {self.workload!r}.")  # noqa: TRY004 - likewise
         if self.strategy not in STRATEGIES:
@@ -82,6 +103,20 @@ class Recipe:
             put(self, "device_map", MappingProxyType({str(k): _device_key(v) for k, v in self.device_map.items()}))
         elif self.strategy == "custom":
             raise ValueError('strategy="custom" needs a device_map: module name to device.')
+        self._check_knobs()
+
+    def _check_knobs(self) -> None:
+        classes = self.no_split_module_classes
+        if classes is not None:
+            if isinstance(classes, str) or not all(isinstance(name, str) and name for name in classes):
+                raise ValueError(f'no_split_module_classes is a list such as ["LlamaDecoderLayer"], not {classes!r}.')
+            object.__setattr__(self, "no_split_module_classes", tuple(classes))
+        for name in ("fallback_allocation", "offload_buffers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is True or False, not {getattr(self, name)!r}.")  # noqa: TRY004 - likewise
+        folder = self.offload_folder
+        if folder is not None and (not isinstance(folder, str) or not folder.strip()):
+            raise ValueError(f"offload_folder is the path of a folder, not {folder!r}; leave it out.")
 
     def with_(self, **changes: Any) -> Recipe:
         """A copy with some choices changed.
@@ -104,6 +139,7 @@ class Recipe:
                 "max_memory": None if self.max_memory is None else {str(k): v for k, v in self.max_memory.items()},
                 "device_map": None if self.device_map is None else dict(self.device_map),
                 "workload": {f.name: getattr(self.workload, f.name) for f in fields(self.workload)},
+                **{name: getattr(self, name) for name in _KNOBS},
             },
             indent=2,
         )
@@ -161,7 +197,9 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
     from workbench.skeleton import read_skeleton
 
     skeleton = read_skeleton(recipe.model)
-    if placement is None and recipe.strategy == "packed":  # a name that transformers does not know
+    # What transformers has no argument for.
+    own = recipe.strategy == "packed" or recipe.no_split_module_classes is not None or recipe.fallback_allocation
+    if placement is None and own and recipe.strategy != "custom":
         placement = place(recipe, skeleton=skeleton)
     source, ref, precision = skeleton.source, recipe.model, recipe.precision
     dtype = precision.dtype_of(skeleton.dtype)
@@ -187,14 +225,17 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
     if quantization:
         arguments.append("quantization_config=quantization_config")
     if "disk" in (memory or {} if device_map is None else device_map.values()):
-        arguments.append('offload_folder="offload"')
+        arguments.append(f"offload_folder={recipe.offload_folder or 'offload'!r}")
+    if recipe.offload_buffers:
+        arguments.append("offload_buffers=True")
 
+    config_class = ", GPTQConfig" if precision.method == "gptq" else ", BitsAndBytesConfig"
     lines = [
         f"# {source.title}, {precision.label}.",
         "# pip install torch transformers accelerate" + (f" {precision.package}" if precision.package else ""),
         *(["import logging", ""] if precision.method == "int8" else []),
         "import torch",
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if quantization else ''}",
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{config_class if quantization else ''}",
         "",
         f"MODEL = {source.location!r}",
         "",

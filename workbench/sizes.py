@@ -30,6 +30,7 @@ class TensorSize:
     kept_bytes: int  # if its module is left out of the quantization because it is offloaded
     upcast_bytes: int  # of kept_bytes, what being kept in float32 adds; a parameter on disk goes without
     is_buffer: bool
+    is_saved: bool  # it has a name in the checkpoint, which not every buffer has
     quantized: bool
 
 
@@ -43,6 +44,8 @@ class Piece:
     kept_bytes: int
     upcast_bytes: int
     buffer_bytes: int
+    saved_buffer_bytes: int
+    saved_upcast_bytes: int  # of saved_buffer_bytes, likewise
     quantized: bool
 
 
@@ -90,6 +93,7 @@ def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
     before = _unquantized_bytes(skeleton.meta_model(FullPrecision()))
     unquantized = _unquantized_bytes(meta)
     split = _split_from(meta) if meta.quantizer is not None else {}
+    saved = meta.module.state_dict().keys()
     tensors = []
     for name, tensor in _named_tensors(meta.module):
         if name in skeleton.tied:
@@ -111,6 +115,7 @@ def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
                 kept_bytes=kept,
                 upcast_bytes=0 if quantized else kept - tensor.numel() * tensor.element_size(),
                 is_buffer=is_buffer,
+                is_saved=not is_buffer or name in saved,
                 quantized=quantized,
             )
         )
@@ -135,6 +140,8 @@ def _piece(name: str, tensors: list[TensorSize]) -> Piece:
         kept_bytes=sum(t.kept_bytes for t in tensors if not t.is_buffer),
         upcast_bytes=sum(t.upcast_bytes for t in tensors if not t.is_buffer),
         buffer_bytes=sum(t.after_bytes for t in tensors if t.is_buffer),
+        saved_buffer_bytes=sum(t.after_bytes for t in tensors if t.is_buffer and t.is_saved),
+        saved_upcast_bytes=sum(t.upcast_bytes for t in tensors if t.is_buffer and t.is_saved),
         quantized=any(t.quantized for t in tensors),
     )
 
