@@ -14,6 +14,7 @@ from workbench.loading import load
 from workbench.model import ModelRef, fetch_demo_model
 from workbench.placement import DeviceMemory, Layer, Placement, place
 from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
+from workbench.reasons import Reason, why
 from workbench.recipe import Recipe
 from workbench.session import Cancelled, GenerationStats, LoadReport, Progress, Session
 from workbench.skeleton import Skeleton, read_skeleton
@@ -42,6 +43,7 @@ __all__ = [
     "ModelRef",
     "Placement",
     "Progress",
+    "Reason",
     "Recipe",
     "Session",
     "Skeleton",
@@ -55,6 +57,7 @@ __all__ = [
     "predict_speed",
     "read_skeleton",
     "what_fits",
+    "why",
 ]
 
 

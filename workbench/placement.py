@@ -175,7 +175,7 @@ def place(
     skeleton = skeleton or read_skeleton(recipe.model)
     _check_context(recipe.workload, skeleton)
     _check_skip_modules(recipe.precision, skeleton)
-    attempt = _attempts(recipe.precision, machine, skeleton, measure=measure)
+    attempt = attempts(recipe.precision, machine, skeleton, measure=measure)
     placement = attempt(recipe)
     verdict, summary = judge(placement, skeleton)
     placement = replace(placement, verdict=verdict, summary=summary)
@@ -197,14 +197,14 @@ def longest_context(placement: Placement, skeleton: Skeleton) -> int | None:
         return None
     if placement.unplaced:
         return 0
-    attempt = _attempts(placement.recipe.precision, placement.machine, skeleton, measure=False)
+    attempt = attempts(placement.recipe.precision, placement.machine, skeleton, measure=False)
     return _search_context(placement, attempt, skeleton.context_length or _MOST_TOKENS)
 
 
 _MOST_TOKENS = 1 << 20  # where a model names no limit
 
 
-def _attempts(precision: Precision, machine: Machine, skeleton: Skeleton, *, measure: bool) -> Attempt:
+def attempts(precision: Precision, machine: Machine, skeleton: Skeleton, *, measure: bool) -> Attempt:
     """Make a function that places recipes of one model in one precision on one machine."""
     meta = skeleton.meta_model(precision)
     sizes = sizes_of(skeleton, precision)

@@ -166,7 +166,7 @@ def _limits(placement: Placement) -> dict[DeviceId, int]:
     return {device: m.limit_bytes for device, m in placement.memory.items()}
 
 
-def _as_said(size_bytes: int, *, up: bool) -> int:
+def as_said(size_bytes: int, *, up: bool) -> int:
     """The nearest size, upwards or downwards, that the text which people read and type gives exactly."""
     step_bytes = 2**30 // 10 if size_bytes >= 2**30 else 2**20 if size_bytes >= 2**20 else 2**10
     said_bytes = parse_bytes(format_bytes(max(size_bytes, 0)))
@@ -183,7 +183,7 @@ def _advice_impossible_budgets(placement: Placement) -> list[Advice]:
         Advice(
             f"The budget of {device_label(device)} ({format_bytes(m.limit_bytes)}) is more than the "
             f"{format_bytes(m.capacity_bytes)} that it has to give: lower it.",
-            max_memory={**limits, device: _as_said(m.capacity_bytes, up=False)},
+            max_memory={**limits, device: as_said(m.capacity_bytes, up=False)},
         )
         for device, m in placement.memory.items()
         if m.limit_bytes > m.capacity_bytes and device != "disk"
@@ -292,7 +292,7 @@ def _advice_raise(placement: Placement, attempt: Attempt) -> list[Advice]:
     if quantizes:
         need = math.ceil(need / 0.9)  # transformers keeps a tenth of every budget free under bitsandbytes
     capacity = memory[device].capacity_bytes
-    raised = min(_as_said(memory[device].limit_bytes + need, up=True), _as_said(capacity, up=False))
+    raised = min(as_said(memory[device].limit_bytes + need, up=True), as_said(capacity, up=False))
     if raised <= memory[device].limit_bytes:
         return []
     if not _works(attempt, recipe.with_(max_memory={**_limits(placement), device: raised})):
@@ -346,12 +346,12 @@ def _advice_short(placement: Placement, attempt: Attempt) -> list[Advice]:
     recipe, memory, limits = placement.recipe, placement.memory, _limits(placement)
     over = [d for d in memory if _over_limit(placement, d) > 0]
     full = [d for d in memory if _over_device(placement, d) > 0]
-    raised = {d: _as_said(limits[d] + _over_limit(placement, d), up=True) for d in over}
+    raised = {d: as_said(limits[d] + _over_limit(placement, d), up=True) for d in over}
     if raised and _works(attempt, recipe.with_(max_memory={**limits, **raised})):
         advice.append(_raise(placement, raised))
     if full and recipe.strategy != "custom":
         lowered = {
-            d: _as_said(memory[d].capacity_bytes - memory[d].used_bytes + memory[d].weight_bytes, up=False)
+            d: as_said(memory[d].capacity_bytes - memory[d].used_bytes + memory[d].weight_bytes, up=False)
             for d in full
             if memory[d].used_bytes - memory[d].weight_bytes < memory[d].capacity_bytes
         }
