@@ -17,6 +17,8 @@ CASES = {
     "bfloat16, in memory": {},
     "float32, in memory": {"precision": wb.FullPrecision(dtype="float32")},
     "a quarter on disk": {"max_memory": {"cpu": "200MiB", "disk": "10GiB"}},
+    "int8, in memory": {"precision": wb.Int8()},
+    "nf4, in memory": {"precision": wb.FourBit()},
     "all on disk": {"strategy": "custom", "device_map": {"": "disk"}},
 }
 
@@ -25,8 +27,11 @@ def main() -> None:
     """Print the table."""
     print(f"{platform.machine()}, {os.cpu_count()} cores; torch {version('torch')}, accelerate {version('accelerate')}")
     print(wb.calibrate())
-    print(f"\n{'demo model':22} {'predicted':>10} {'measured':>10} {'error':>7}")
+    print(f"\n{'':22} {'tokens a second':^29} {'seconds to load':^29}")
+    heads = f"{'predicted':>10} {'measured':>10} {'error':>7}"
+    print(f"{'demo model':22} {heads} {heads}")
     for name, options in CASES.items():
+        wb.load(wb.Recipe(model="demo", **options)).unload()  # what is done once for a model and a precision
         session = wb.load(wb.Recipe(model="demo", **options))
         session.generate("Tell me a story.", max_new_tokens=4)  # the first run warms caches and pools
         measured = []
@@ -35,7 +40,10 @@ def main() -> None:
             measured.append(session.last_stats.tokens_per_second)
         middle = sorted(measured)[1]
         predicted = wb.predict_speed(session.placement, session.skeleton).tokens_per_second
-        print(f"{name:22} {predicted:10.1f} {middle:10.1f} {100 * (predicted / middle - 1):+6.0f} %")
+        loaded = session.load_report.seconds
+        load = wb.predict_load_seconds(session.placement, session.skeleton)
+        speeds = f"{predicted:10.1f} {middle:10.1f} {100 * (predicted / middle - 1):+6.0f} %"
+        print(f"{name:22} {speeds} {load:10.2f} {loaded:10.2f} {100 * (load / loaded - 1):+6.0f} %")
         session.unload()
 
 

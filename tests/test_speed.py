@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -54,14 +54,35 @@ def test_slower_places_are_slower(demo_model: Path) -> None:
 def test_a_token_reads_only_the_experts_that_it_chooses(tiny_model: Callable[[str], Path]) -> None:
     from workbench.speed import _profile
 
-    profile = _profile(wb.read_skeleton(str(tiny_model("mixtral"))))
-    shares = {share for part in profile.values() for _, share in part.tensors}
+    profile = _profile(wb.read_skeleton(str(tiny_model("mixtral"))), wb.FullPrecision())
+    shares = {tensor.share for part in profile.values() for tensor in part.tensors}
     assert shares == {0.0, 0.5, 1.0}  # the embedding's row, 2 of 4 experts, everything else
 
 
 def test_no_estimate_is_better_than_a_guess(tiny_llama: Path) -> None:
-    assert speed(wb.Recipe(model=str(tiny_llama), precision=wb.Int8())) is None
+    recipe = wb.Recipe(model=str(tiny_llama), precision=wb.Int8())
+    assert speed(recipe, wb.Machine.preset("RTX 4090")) is None
     assert speed(wb.Recipe(model=str(tiny_llama), max_memory={"cpu": "1KiB"})) is None
+
+
+def test_loads_by_hand(tiny_llama: Path) -> None:
+    """21 tensors of 139,584 weights: mapped as they are, converted, quantized, copied to a GPU."""
+
+    def load_seconds(machine: wb.Machine, **choices: Any) -> float:
+        recipe = wb.Recipe(model=str(tiny_llama), **choices)
+        found = wb.predict_load_seconds(wb.place(recipe, machine=machine), wb.read_skeleton(recipe.model))
+        assert found is not None
+        return found
+
+    laptop, gpu = wb.Machine.preset("16 GB laptop"), wb.Machine.preset("RTX 4090")
+    base = _TYPICAL.load_seconds + 21 * _TYPICAL.load_tensor_seconds
+    assert load_seconds(laptop) == pytest.approx(base)
+    disk = laptop.device("disk").bandwidth_bytes_per_s
+    from_disk = 0 if disk is None else 279_168 / disk
+    converted = base + from_disk + 558_336 / _TYPICAL.convert_bytes_per_s
+    assert load_seconds(laptop, precision=wb.FullPrecision(dtype="float32")) == pytest.approx(converted)
+    assert load_seconds(laptop, precision=wb.FourBit()) > base
+    assert load_seconds(gpu) > base
 
 
 def test_small_matrices_are_read_more_slowly() -> None:

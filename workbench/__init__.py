@@ -18,7 +18,7 @@ from workbench.reasons import Reason, why
 from workbench.recipe import Recipe
 from workbench.session import Cancelled, GenerationStats, LoadReport, Progress, Session
 from workbench.skeleton import Skeleton, read_skeleton
-from workbench.speed import Calibration, Speed, calibrate, predict_speed
+from workbench.speed import Calibration, Speed, calibrate, predict_load_seconds, predict_speed
 from workbench.workload import Workload
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ __all__ = [
     "fetch_demo_model",
     "load",
     "place",
+    "predict_load_seconds",
     "predict_speed",
     "read_skeleton",
     "what_fits",

@@ -12,7 +12,8 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workbench.precision import FullPrecision
+from workbench.precision import FourBit, Int8
+from workbench.speed import CPU_BYTES_PER_S, DISK_BYTES_PER_S, GPU_BYTES_PER_S, PCIE_BYTES_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 _TRIED = 2  # so many of the largest other blocks are tried in several places; the rest go where there is room
 _CROSSING_SECONDS = 50e-6  # handing a hidden state from one device to the next
-# Bytes a second where a machine does not say: what a GPU reads, what a CPU reads, a fetch over PCIe and one from disk.
-_GPU_SPEED, _CPU_SPEED, _PCIE_SPEED, _DISK_SPEED = 500e9, 20e9, 12e9, 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,12 +274,12 @@ def pack_model(
         return found
 
     if gpus:
-        fast = bins(gpus, _GPU_SPEED, fetched=False)
-        slow = bins([d for d in ("cpu",) if d in budgets], _PCIE_SPEED, fetched=True)
+        fast = bins(gpus, GPU_BYTES_PER_S, fetched=False)
+        slow = bins([d for d in ("cpu",) if d in budgets], PCIE_BYTES_PER_S, fetched=True)
     else:
-        fast = bins([d for d in ("cpu",) if d in budgets], _CPU_SPEED, fetched=False)
+        fast = bins([d for d in ("cpu",) if d in budgets], CPU_BYTES_PER_S, fetched=False)
         slow = []
-    slow += bins([d for d in ("disk",) if d in budgets], _DISK_SPEED, fetched=False)
+    slow += bins([d for d in ("disk",) if d in budgets], DISK_BYTES_PER_S, fetched=False)
     placed = pack(items, fast, slow)
     device_map = {block.name: placed.get(leader[block.name]) for block in skeleton.blocks}
     devices = set(device_map.values())
@@ -290,8 +289,8 @@ def pack_model(
 def _items(
     recipe: Recipe, skeleton: Skeleton, sizes: Sizes, cost: Cost | None, leader: Mapping[str, str]
 ) -> list[Item]:
-    quantizes = not isinstance(recipe.precision, FullPrecision)
-    unquantized_when_spilled = quantizes and recipe.precision.fp32_cpu_offload  # type: ignore[union-attr]
+    quantizes = isinstance(recipe.precision, (Int8, FourBit))
+    unquantized_when_spilled = isinstance(recipe.precision, (Int8, FourBit)) and recipe.precision.fp32_cpu_offload
     cache: dict[str, int] = {}
     activations: dict[str, int] = {}
     if cost is not None:

@@ -1,13 +1,16 @@
-"""How many tokens a second a placement will give: an estimate from bandwidths, better once they have been measured.
+"""How fast a placement loads and decodes: an estimate from bandwidths, better once they have been measured.
 
 A token takes a fixed time for each module that is called, and the time to read each weight once from where it is kept.
 Small matrices are read more slowly than large ones. Weights that wait on disk are fetched by accelerate tensor by
-tensor, and each time the header of the file is read, which takes longer the more tensors the file holds.
+tensor, and each time the header of the file is read, which takes longer the more tensors the file holds. A load maps
+what it can; it takes time for what has to be read, converted, quantized or copied.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import math
 import os
 import tempfile
@@ -19,19 +22,23 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.model import cache_folder, refuses_unknown
 from workbench.precision import FourBit, FullPrecision, Int8
+from workbench.sizes import sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from workbench.placement import Placement
+    from workbench.precision import Precision
     from workbench.skeleton import Skeleton
 
 # For hypothetical machines; no GPU was ever measured by us.
-_PCIE_BYTES_PER_S = 12e9  # pageable copies over PCIe 4 x16, as accelerate makes them
+PCIE_BYTES_PER_S = 12e9  # pageable copies over PCIe 4 x16, as accelerate makes them
 _GPU_MODULE_SECONDS = 15e-6  # launching a module's kernels from Python
 _EFFICIENCY = 0.7  # of a data sheet's bandwidth that a matrix-vector product commonly reaches
+GPU_BYTES_PER_S, CPU_BYTES_PER_S, DISK_BYTES_PER_S = 500e9, 20e9, 1e9  # where a machine does not say
 _MIB = 2**20
+_AROUND_LOAD_SECONDS = 0.3  # planning, the tokenizer, the check against the preview
 
 
 @refuses_unknown
@@ -42,11 +49,16 @@ class Calibration:
     Attributes:
         token_seconds: What ``generate`` takes for itself around each decode step.
         module_seconds: For each leaf module that is called in a decode step.
-        small_bytes_per_s: Reading matrices of about 1 MiB; by dtype.
-        large_bytes_per_s: Reading matrices of 32 MiB and more; by dtype.
+        quantized_seconds: The same for each quantized one, by method, on top.
+        small_bytes_per_s: Reading matrices of about 1 MiB; by dtype or method.
+        large_bytes_per_s: Reading matrices of 32 MiB and more; by dtype or method.
         fetch_seconds: For each tensor that accelerate fetches from disk.
         header_seconds: The same for each tensor that the fetched one's file holds.
         disk_bytes_per_s: Copying fetched tensors, with the file in the page cache.
+        load_seconds: What a load takes for itself.
+        load_tensor_seconds: For each tensor that is loaded.
+        convert_bytes_per_s: Writing weights in another dtype than the checkpoint's.
+        quantize_weights_per_s: By method.
     """
 
     token_seconds: float
@@ -56,10 +68,15 @@ class Calibration:
     fetch_seconds: float
     header_seconds: float
     disk_bytes_per_s: float
+    load_seconds: float
+    load_tensor_seconds: float
+    convert_bytes_per_s: float
+    quantized_seconds: dict[str, float]
+    quantize_weights_per_s: dict[str, float]
 
-    def read_seconds(self, size_bytes: int, dtype: str) -> float:
-        """Seconds to multiply by one matrix of so many bytes."""
-        dtype = dtype if dtype in self.large_bytes_per_s else "bfloat16"
+    def read_seconds(self, size_bytes: int, kind: str) -> float:
+        """Seconds to multiply by one matrix of so many bytes, in a dtype or quantized with a method."""
+        dtype = kind if kind in self.large_bytes_per_s else "bfloat16"
         share = min(1.0, max(0.0, math.log2(max(size_bytes, 1) / _MIB) / 5))
         small, large = self.small_bytes_per_s[dtype], self.large_bytes_per_s[dtype]
         return float(size_bytes / (small ** (1 - share) * large**share))
@@ -74,6 +91,11 @@ _TYPICAL = Calibration(
     fetch_seconds=0.2e-3,
     header_seconds=2e-6,
     disk_bytes_per_s=13e9,
+    load_seconds=0.35,
+    load_tensor_seconds=0.3e-3,
+    convert_bytes_per_s=2e9,
+    quantized_seconds={"int8": 100e-6, "4bit": 20e-6},
+    quantize_weights_per_s={"int8": 150e6, "4bit": 50e6},
 )
 
 
@@ -98,35 +120,36 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
         skeleton: Its model.
 
     Returns:
-        The estimate; None where something has no room, for int8, whose time is not that of reading its bytes, and for
-        4-bit weights on a CPU, which nobody has measured.
+        The estimate; None where something has no room, and for methods of which we know no timing: int8 on a GPU,
+        GPTQ on a CPU.
     """
     precision = placement.recipe.precision
     gpus = [d for d in placement.device_map.values() if d not in ("cpu", "disk")]
-    if placement.unplaced or isinstance(precision, Int8) or (isinstance(precision, FourBit) and not gpus):
+    unknown = isinstance(precision, Int8) if gpus else not isinstance(precision, (FullPrecision, Int8, FourBit))
+    if placement.unplaced or unknown:
         return None
     known = known_calibration() if placement.machine.name == "This machine" else None
     cpu = known or _TYPICAL
-    if skeleton not in _profiles:
-        _profiles[skeleton] = _profile(skeleton)
-    profile = _profiles[skeleton]
+    profile = _profile_of(skeleton, precision)
     tensors_in_file = sum(len(p.tensors) for p in profile.values()) / max(1, len(skeleton.source.weight_files))
+    runs_on = placement.runs_on
     seconds = cpu.token_seconds
     for layer in placement.layers:
         part = profile[layer.name]
-        shrunk = layer.bytes_after / max(1, layer.bytes_before)
-        reads = [size * shrunk * share for size, share in part.tensors]
-        fetched = sum(size for size, _ in part.tensors) * shrunk  # the whole, whatever part of it is read then
+        fetched = sum(tensor.size_bytes for tensor in part.tensors)  # the whole, whatever part of it is read then
         if gpus:
-            runs_on = gpus[0] if layer.device in ("cpu", "disk") else layer.device
-            bandwidth = None if runs_on is None else placement.machine.device(runs_on).bandwidth_bytes_per_s
+            bandwidth = placement.machine.device(runs_on[layer.name]).bandwidth_bytes_per_s
             if bandwidth is None:
                 return None
-            seconds += part.modules * _GPU_MODULE_SECONDS + sum(reads) / (bandwidth * _EFFICIENCY)
-            seconds += fetched / _PCIE_BYTES_PER_S if layer.device in ("cpu", "disk") else 0
+            reads = sum(tensor.size_bytes * tensor.share for tensor in part.tensors)
+            seconds += part.modules * _GPU_MODULE_SECONDS + reads / (bandwidth * _EFFICIENCY)
+            seconds += fetched / PCIE_BYTES_PER_S if layer.device in ("cpu", "disk") else 0
         else:
             seconds += part.modules * cpu.module_seconds
-            seconds += sum(cpu.read_seconds(int(size), placement.dtype) for size in reads)
+            for tensor in part.tensors:
+                kind = precision.method if tensor.quantized else placement.dtype
+                seconds += cpu.read_seconds(int(tensor.size_bytes * tensor.share), kind)
+                seconds += cpu.quantized_seconds[kind] if tensor.quantized else 0
         if layer.device == "disk":
             seconds += len(part.tensors) * (cpu.fetch_seconds + tensors_in_file * cpu.header_seconds)
             disk = placement.machine.device("disk").bandwidth_bytes_per_s
@@ -134,18 +157,77 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
     return Speed(tokens_per_second=1 / seconds, calibrated=known is not None)
 
 
+def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | None:
+    """Estimate how long a load takes, with the files on this machine already.
+
+    Args:
+        placement: Where everything is; of this machine or of a hypothetical one.
+        skeleton: Its model.
+
+    Returns:
+        Seconds; None where something has no room or nothing is known of the method. A disk whose speed is not known
+        counts as one whose files are in memory already.
+    """
+    precision = placement.recipe.precision
+    if placement.unplaced or not isinstance(precision, (FullPrecision, Int8, FourBit)):
+        return None
+    here = placement.machine.name == "This machine"
+    cpu = (known_calibration() if here else None) or _TYPICAL
+    profile = _profile_of(skeleton, precision)
+    disk = placement.machine.device("disk").bandwidth_bytes_per_s
+    seconds = cpu.load_seconds
+    for layer in placement.layers:
+        part = profile[layer.name]
+        seconds += len(part.tensors) * cpu.load_tensor_seconds
+        if layer.device == "disk":  # it is only noted where it lies
+            continue
+        on_gpu = layer.device != "cpu"
+        converted = placement.dtype != skeleton.dtype
+        quantized = any(tensor.quantized for tensor in part.tensors)
+        # What a CPU keeps as it is in the file is mapped, and read when it is first used.
+        if disk is not None and (on_gpu or converted or quantized):
+            seconds += layer.bytes_before / disk
+        if on_gpu:
+            seconds += layer.bytes_before / PCIE_BYTES_PER_S
+            continue
+        for tensor in part.tensors:
+            if tensor.quantized:
+                seconds += tensor.weights / cpu.quantize_weights_per_s[precision.method]
+            elif converted:
+                seconds += tensor.size_bytes / cpu.convert_bytes_per_s
+    return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tensor:
+    """A parameter: its bytes after the load, how many weights it has, and the share of it that a token reads."""
+
+    size_bytes: int
+    weights: int
+    share: float
+    quantized: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Profile:
-    """A block: leaf modules that are called, and for each tensor its bytes and the share of it that a token reads."""
+    """A block: the leaf modules that are called, and its parameters."""
 
     modules: int
-    tensors: tuple[tuple[int, float], ...]
+    tensors: tuple[_Tensor, ...]
 
 
-_profiles: weakref.WeakKeyDictionary[Skeleton, dict[str, _Profile]] = weakref.WeakKeyDictionary()
+_profiles: weakref.WeakKeyDictionary[Skeleton, dict[Precision, dict[str, _Profile]]] = weakref.WeakKeyDictionary()
 
 
-def _profile(skeleton: Skeleton) -> dict[str, _Profile]:
+def _profile_of(skeleton: Skeleton, precision: Precision) -> dict[str, _Profile]:
+    known = _profiles.setdefault(skeleton, {})
+    if precision not in known:
+        known[precision] = _profile(skeleton, precision)
+    return known[precision]
+
+
+def _profile(skeleton: Skeleton, precision: Precision) -> dict[str, _Profile]:
+    sizes = {tensor.name: tensor for tensor in sizes_of(skeleton, precision).tensors}
     module = skeleton.meta_model(FullPrecision()).module
     config = skeleton.config.get_text_config(decoder=True)
     names = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -163,9 +245,14 @@ def _profile(skeleton: Skeleton) -> dict[str, _Profile]:
     for block in skeleton.blocks:
         part = module.get_submodule(block.name)
         tensors = [
-            (tensor.nbytes, share(f"{block.name}.{name}", tensor, part.get_submodule(name.rpartition(".")[0])))
+            _Tensor(
+                size_bytes=known.after_bytes,
+                weights=tensor.numel(),
+                share=share(known.name, tensor, part.get_submodule(name.rpartition(".")[0])),
+                quantized=known.quantized,
+            )
             for name, tensor in part.named_parameters()
-            if f"{block.name}.{name}" not in skeleton.tied
+            if (known := sizes.get(f"{block.name}.{name}")) is not None
         ]
         leaves = sum(1 for m in part.modules() if next(m.children(), None) is None)
         found[block.name] = _Profile(modules=leaves, tensors=tuple(tensors))
@@ -219,23 +306,81 @@ def _measure() -> Calibration:
         small, large = {}, {}
         for dtype in ("bfloat16", "float32"):
             extra = wide.step_seconds("cpu", dtype) - narrow[8].step_seconds("cpu", dtype)
-            small[dtype] = (wide.size_bytes(dtype) - narrow[8].size_bytes(dtype)) / extra
             large[dtype] = _large_bytes_per_s(getattr(torch, dtype))
+            small[dtype] = _rate(wide.size_bytes(dtype) - narrow[8].size_bytes(dtype), extra)
         fetch = {n: (tiny.step_seconds("disk") - tiny.step_seconds("cpu")) / tiny.tensors for n, tiny in narrow.items()}
         header_seconds = max(0.0, (fetch[24] - fetch[8]) / (narrow[24].tensors - narrow[8].tensors))
         fetch_seconds = fetch[8] - header_seconds * narrow[8].tensors
         copying = wide.step_seconds("disk") - wide.step_seconds("cpu") - wide.tensors * fetch[8]
         token_seconds = max(0.0, narrow[8].generate_seconds() - fast)
+        loads = {n: tiny.load_seconds["cpu", "bfloat16"] for n, tiny in narrow.items()}
+        load_tensor_seconds = max(0.0, (loads[24] - loads[8]) / (narrow[24].tensors - narrow[8].tensors))
+        converting = wide.load_seconds["cpu", "float32"] - wide.load_seconds["cpu", "bfloat16"]
+        quantized = {method: _quantized(precision) for method, precision in _bitsandbytes().items()}
     return Calibration(
         token_seconds=token_seconds,
         module_seconds=module_seconds,
-        small_bytes_per_s=small,
-        large_bytes_per_s=large,
+        small_bytes_per_s=small | {method: found.small_bytes_per_s for method, found in quantized.items()},
+        large_bytes_per_s=large | {method: found.large_bytes_per_s for method, found in quantized.items()},
         fetch_seconds=fetch_seconds,
         header_seconds=header_seconds,
         # Copies that vanish in the noise are as fast as memory.
         disk_bytes_per_s=wide.size_bytes("bfloat16") / max(copying, wide.size_bytes("bfloat16") / large["bfloat16"]),
+        load_seconds=_AROUND_LOAD_SECONDS + max(0.0, loads[8] - narrow[8].tensors * load_tensor_seconds),
+        load_tensor_seconds=load_tensor_seconds,
+        convert_bytes_per_s=_rate(wide.size_bytes("float32"), converting),
+        quantized_seconds=_TYPICAL.quantized_seconds | {m: found.call_seconds for m, found in quantized.items()},
+        quantize_weights_per_s=_TYPICAL.quantize_weights_per_s | {m: f.weights_per_s for m, f in quantized.items()},
     )
+
+
+def _bitsandbytes() -> dict[str, Int8 | FourBit]:
+    """The methods to measure; none without their library."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {}
+    return {precision.method: precision for precision in (Int8(), FourBit())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Quantized:
+    call_seconds: float
+    small_bytes_per_s: float
+    large_bytes_per_s: float
+    weights_per_s: float
+
+
+def _quantized(precision: Int8 | FourBit) -> _Quantized:
+    """Time one layer of bitsandbytes in three sizes."""
+    import bitsandbytes
+    import torch
+
+    def layer(out: int, into: int) -> Any:
+        if isinstance(precision, Int8):
+            made = bitsandbytes.nn.Linear8bitLt(into, out, bias=False, has_fp16_weights=False, threshold=6.0)
+        else:
+            made = bitsandbytes.nn.Linear4bit(into, out, bias=False, compute_dtype=torch.bfloat16)
+        return made.to(torch.bfloat16)
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    calls, sizes = [], []
+    weights_per_s = 0.0
+    for out, into in ((64, 64), (1024, 1024), (8192, 4096)):
+        made, x = layer(out, into), torch.ones((1, into), dtype=torch.bfloat16)
+        weights_per_s = out * into / _timed(lambda made=made: made.to("cpu"))  # of the last, the largest
+        made(x)
+        calls.append(_quick([_timed(lambda made=made, x=x: made(x)) for _ in range(12)]))
+        sizes.append(precision.quantized_bytes((out, into)))
+    return _Quantized(
+        call_seconds=calls[0],
+        small_bytes_per_s=_rate(sizes[1], calls[1] - calls[0]),
+        large_bytes_per_s=_rate(sizes[2], calls[2] - calls[0]),
+        weights_per_s=weights_per_s,
+    )
+
+
+def _rate(size_bytes: int, seconds: float) -> float:
+    """Bytes a second; a difference that vanishes in the noise, or worse, counts as faster than any memory."""
+    return size_bytes / max(seconds, size_bytes / 1e12)
 
 
 def _large_bytes_per_s(dtype: Any) -> float:
@@ -270,6 +415,7 @@ class _Tiny:
             dtype="bfloat16",
         )
         self.tensors, self.leaves, self._elements = 0, 0, 0
+        self.load_seconds: dict[tuple[str, str], float] = {}  # the quickest load to a device in a dtype
 
     def size_bytes(self, dtype: str) -> int:
         return self._elements * (4 if dtype == "float32" else 2)
@@ -306,9 +452,12 @@ class _Tiny:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 LlamaForCausalLM(self._config).to(torch.bfloat16).save_pretrained(folder)
+                started = time.perf_counter()
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, device_map={"": device}, dtype=getattr(torch, dtype), offload_folder=f"{folder}/offload"
                 )
+                took = time.perf_counter() - started
+                self.load_seconds[device, dtype] = min(took, self.load_seconds.get((device, dtype), took))
                 self.tensors = sum(1 for _ in model.parameters())
                 self.leaves = sum(1 for m in model.modules() if next(m.children(), None) is None)
                 self._elements = sum(p.numel() for p in model.parameters())
