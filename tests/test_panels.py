@@ -450,6 +450,21 @@ def test_callbacks_on_many_threads_leave_controls_and_recipe_agreeing(bench: wb.
     assert bench.placement.recipe == bench.recipe
 
 
+def test_knobs_are_in_the_advanced_part(bench: wb.Workbench) -> None:
+    assert find(bench, "wb-advanced").selected_index is None
+    send(find(bench, "wb-fallback"), value=True)
+    send(find(bench, "wb-offload-buffers"), value=True)
+    send(find(bench, "wb-offload-folder"), value="somewhere")
+    send(find(bench, "wb-no-split"), value="LlamaAttention, LlamaMLP")
+    recipe = bench.recipe
+    assert recipe.fallback_allocation
+    assert recipe.offload_buffers
+    assert recipe.offload_folder == "somewhere"
+    assert recipe.no_split_module_classes == ("LlamaAttention", "LlamaMLP")
+    bench.recipe = wb.Recipe(model=recipe.model)
+    assert [find(bench, f"wb-{name}").value for name in ("fallback", "offload-folder", "no-split")] == [False, "", ""]
+
+
 def test_advice_comes_when_a_slider_rests_and_its_button_follows_it(bench: wb.Workbench) -> None:
     bench.recipe = bench.recipe.with_(max_memory={0: 100_000})
     assert bench._state.settle(60)

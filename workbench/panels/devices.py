@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 
 from workbench.hardware import Device, Machine, format_bytes, parse_bytes
+from workbench.panels.advanced import advanced
 from workbench.panels.look import classed, close_tree, html, panel, problem_line
 from workbench.panels.state import bind, device_class
 from workbench.recipe import STRATEGIES
@@ -73,7 +74,15 @@ class DevicesPanel:
         )
         self.reset.layout.width = "auto"
         self.box = panel(
-            "Devices", [self.machine, self.strategy, self._rows_box, self.reset, problem_line(state, "devices")]
+            "Devices",
+            [
+                self.machine,
+                self.strategy,
+                self._rows_box,
+                self.reset,
+                advanced(state),
+                problem_line(state, "devices"),
+            ],
         )
         bind(
             self.machine,

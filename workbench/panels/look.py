@@ -107,6 +107,10 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
 .wb-root .wb-advice-row { align-items: flex-start; gap: 0 8px; margin: 2px 0; overflow: visible; width: 100%; }
 .wb-root .wb-advice-text { flex: 1 1 0; min-width: 0; margin: 0; }
 .wb-root .wb-advice-text .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; padding-top: 3px; }
+.wb-root .wb-advanced .jupyter-widget-Collapse-header, .wb-root .wb-advanced .p-Collapse-header {
+  background: none; border: none; padding: 4px 0; color: var(--wb-soft); font-size: 12px;
+}
+.wb-root .wb-advanced .jupyter-widget-Collapse-contents { padding: 4px 0 0; border: none; background: none; }
 .wb-root .wb-apply { width: auto; height: 24px; line-height: 22px; flex: none; padding: 0 10px; font-size: 12px; }
 .wb-root .wb-plain-text { font-size: 12px; margin-top: 4px; } .wb-root .wb-plain-bar { display: flex; height: 18px; }
 .wb-root .wb-plain-bar span { flex: none; min-width: 0; }
