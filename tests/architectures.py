@@ -238,6 +238,20 @@ def model_types() -> tuple[str, ...]:
     return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
+def seq2seq_types() -> tuple[str, ...]:
+    """Return all types that transformers maps to an encoder-decoder that reads text, sorted."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    found = []
+    for name in sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):
+        config_class = CONFIG_MAPPING[name]
+        writes_text = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[config_class].main_input_name == "input_ids"
+        if writes_text and (name == "encoder-decoder" or getattr(config_class(), "is_encoder_decoder", False)):
+            found.append(name)
+    return tuple(found)
+
+
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """Return a config of a type, small enough for a model of a few hundred kilobytes.
 
@@ -249,8 +263,13 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return _shrink(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
 
 
-def save_model(model_type: str, folder: Path) -> int:
+def save_model(model_type: str, folder: Path, *, seq2seq: bool = False) -> int:
     """Save a model with random bfloat16 weights and the config of its type, as it would come from the Hub.
+
+    Args:
+        model_type: As transformers names it.
+        folder: Where to.
+        seq2seq: Save the encoder-decoder of the type.
 
     Returns:
         Its parameters, tied ones once.
@@ -259,13 +278,16 @@ def save_model(model_type: str, folder: Path) -> int:
         Exception: Whatever the libraries have against building or saving it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     config = tiny_config(model_type)
+    if seq2seq:
+        config.is_decoder = False
     config.dtype = torch.bfloat16
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = auto_class.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     config.dtype = torch.bfloat16  # some models keep a few weights in float32 and would say that of all
     config.save_pretrained(folder)  # some classes keep only the text part of it

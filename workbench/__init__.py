@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from workbench.calibration import CalibrationText
 from workbench.compare import Fit, what_fits
+from workbench.gptq import QuantizeProgress, QuantizeReport, quantize
 from workbench.hardware import Device, Machine
 from workbench.loading import load
 from workbench.model import ModelRef, fetch_demo_model
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPTQ",
     "Calibration",
+    "CalibrationText",
     "Cancelled",
     "Device",
     "DeviceMemory",
@@ -43,6 +46,8 @@ __all__ = [
     "ModelRef",
     "Placement",
     "Progress",
+    "QuantizeProgress",
+    "QuantizeReport",
     "Reason",
     "Recipe",
     "Session",
@@ -56,6 +61,7 @@ __all__ = [
     "place",
     "predict_load_seconds",
     "predict_speed",
+    "quantize",
     "read_skeleton",
     "what_fits",
     "why",

@@ -7,12 +7,16 @@ import logging
 import tempfile
 import threading
 import time
+import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.hardware import Machine, format_bytes
-from workbench.model import check_weights, refuses_unknown
+from workbench.kernels import choose_backend, quiet_optimum
+from workbench.model import check_weights, read_config, refuses_unknown
+from workbench.offload import attach as attach_offload
 from workbench.placement import Placement, place
-from workbench.precision import GPTQ
+from workbench.precision import GPTQ, stated_gptq
 from workbench.session import Cancelled, LoadReport, Progress, Session, give_back, in_worker
 from workbench.sizes import measure_weights
 from workbench.skeleton import Skeleton, read_skeleton, turn
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from workbench.offload import OffloadKind
     from workbench.recipe import Recipe
 
 
@@ -32,6 +37,7 @@ def load(
     machine: Machine | None = None,
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
+    offload: OffloadKind = "workbench",
 ) -> Session:
     """Load a model exactly as its placement says, and check the real tensors against it.
 
@@ -41,6 +47,9 @@ def load(
             loaded; None looks afresh.
         progress: Called from the worker thread with a :class:`Progress`.
         cancel: Set it to stop the load; it stops at the next weight.
+        offload: Who brings in the layers that wait on the CPU or disk: ``"workbench"`` reads them ahead of the
+            computation (accelerate takes over where that cannot be, and the report says why); ``"accelerate"`` leaves
+            it to accelerate's hooks. The results are the same.
 
     Returns:
         The session.
@@ -49,12 +58,18 @@ def load(
         ValueError: If the recipe cannot be loaded here; the sentence says why and what would work.
         Cancelled: If ``cancel`` was set.
     """
+    if offload not in ("workbench", "accelerate"):
+        raise ValueError(f"offload is 'workbench' or 'accelerate', not {offload!r}.")
     cancel = cancel or threading.Event()
-    return in_worker(lambda: _load(recipe, machine, progress or (lambda _: None), cancel), cancel.set)
+    return in_worker(lambda: _load(recipe, machine, progress or (lambda _: None), cancel, offload), cancel.set)
 
 
 def _load(
-    recipe: Recipe, machine: Machine | None, progress: Callable[[Progress], None], cancel: threading.Event
+    recipe: Recipe,
+    machine: Machine | None,
+    progress: Callable[[Progress], None],
+    cancel: threading.Event,
+    offload: OffloadKind,
 ) -> Session:
     started = time.perf_counter()
     progress(Progress(stage="plan", done=0, total=None, text="planning"))
@@ -62,7 +77,8 @@ def _load(
     if machine is not None and machine.name != here.name:
         raise ValueError(f"The preview is for {machine.name!r}, not for this machine: pick 'This machine' to load.")
     skeleton = read_skeleton(recipe.model)
-    if isinstance(recipe.precision, GPTQ) and getattr(skeleton.config, "quantization_config", None) is None:
+    stated = stated_gptq(skeleton.config, recipe.precision)
+    if isinstance(recipe.precision, GPTQ) and stated is None:
         raise ValueError(
             f"{skeleton.source.title} is not quantized, and GPTQ is not done while loading: quantize it first with "
             "workbench.quantize(recipe, output_dir), then load that folder."
@@ -78,14 +94,23 @@ def _load(
     if "disk" in placement.device_map.values() and recipe.offload_folder is None:
         offload_folder = tempfile.TemporaryDirectory(prefix="workbench-offload-", ignore_cleanup_errors=True)
     folder = recipe.offload_folder if offload_folder is None else offload_folder.name
-    model = None
+    model = reader = None
     try:
         with turn.work(), _reporting(progress, cancel):
-            model, info = _from_pretrained(placement, skeleton, folder, _download_bar(progress, cancel))
+            kernel: tuple[str, ...] = ()
+            config = None
+            if stated is not None:
+                config, kernel = _with_kernel(stated, skeleton, placement)
+            with contextlib.nullcontext() if stated is None else quiet_optimum():
+                model, info = _from_pretrained(placement, skeleton, folder, _download_bar(progress, cancel), config)
         _check_cancelled(cancel)
         progress(Progress(stage="check", done=0, total=None, text="checking the tensors against the preview"))
-        tokenizer = _tokenizer(skeleton)
+        tokenizer = read_tokenizer(skeleton)
         report = _check(model, info, placement, time.perf_counter() - started)
+        report = replace(report, lines=(*report.lines, *skeleton.source.notes, *kernel))
+        if offload == "workbench":
+            reader, lines = attach_offload(model, placement, folder)
+            report = replace(report, seconds=time.perf_counter() - started, lines=(*report.lines, *lines))
     except BaseException:
         del model
         if offload_folder is not None:
@@ -93,15 +118,19 @@ def _load(
         give_back()
         _check_cancelled(cancel)  # libraries wrap what stopped a download in errors of their own
         raise
-    return Session(
+    session = Session(
         model=model,
         tokenizer=tokenizer,
         recipe=recipe,
         placement=placement,
         load_report=report,
         skeleton=skeleton,
+        _offload=reader,
         _offload_folder=offload_folder,
     )
+    if offload_folder is not None:  # else its removal with a forgotten session would be a warning
+        weakref.finalize(session, offload_folder.cleanup)
+    return session
 
 
 def _check_free(placement: Placement, here: Machine) -> None:
@@ -170,12 +199,25 @@ class _Steps:
         return lambda *_, **__: None  # update, set_description, close, ...
 
 
+def _with_kernel(stated: GPTQ, skeleton: Skeleton, placement: Placement) -> tuple[Any, tuple[str, ...]]:
+    """The config of a quantized model with the kernel in it that is right for it here, and what is said of that."""
+    from workbench.gptq_layers import quantized_shapes
+
+    backend, lines = choose_backend(
+        stated, quantized_shapes(skeleton), devices=placement.device_map.values(), dtype=placement.dtype
+    )
+    config = read_config(skeleton.source)
+    options = config.quantization_config
+    config.quantization_config = {**(options if isinstance(options, dict) else options.to_dict()), "backend": backend}
+    return config, lines
+
+
 def _from_pretrained(
-    placement: Placement, skeleton: Skeleton, offload_folder: str | None, download_bar: type
+    placement: Placement, skeleton: Skeleton, offload_folder: str | None, download_bar: type, config: Any = None
 ) -> tuple[Any, dict[str, Any]]:
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     _quiet_bitsandbytes()
     source = skeleton.source
@@ -185,15 +227,18 @@ def _from_pretrained(
         "use_safetensors": None if source.allow_pickle else True,
         "dtype": getattr(torch, placement.dtype),
         "device_map": dict(placement.device_map),
-        "quantization_config": placement.recipe.precision.to_config(placement.dtype),
+        "quantization_config": None if config is not None else placement.recipe.precision.to_config(placement.dtype),
         "offload_folder": offload_folder,
         "offload_buffers": placement.recipe.offload_buffers,
         "output_loading_info": True,
     }
+    if config is not None:
+        options["config"] = config
     if not source.is_local:
         options["tqdm_class"] = download_bar
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source.location, **options)
+        auto_class = AutoModelForSeq2SeqLM if skeleton.is_encoder_decoder else AutoModelForCausalLM
+        model, info = auto_class.from_pretrained(source.location, **options)
     except SafetensorError as error:
         raise ValueError(
             f"The weights of {source.title} are damaged or cut short ({error}): fetch them again."
@@ -241,7 +286,7 @@ def _quiet_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def _tokenizer(skeleton: Skeleton) -> Any | None:
+def read_tokenizer(skeleton: Skeleton) -> Any | None:
     """The model's tokenizer, or None where it has none that can be read."""
     from transformers import AutoTokenizer
 

@@ -7,11 +7,13 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,21 +71,36 @@ class ModelRef:
         trust_remote_code: Run Python that comes with the model. It can do anything that you can do on this machine.
         allow_pickle: Read ``.bin``/``.pt`` weights, which can run code while they are read, where a model has no
             safetensors.
+        model_basename: The name of the weight files without their ending, for a local folder in which they are not
+            named as transformers does, as in AutoGPTQ's; needed only where there are several to choose from.
+        quantize_config: How a GPTQ folder is quantized, where it does not say so itself: a dict such as
+            ``{"bits": 4, "group_size": 128}`` or a JSON file. Kept as JSON text.
     """
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    model_basename: str | None = None
+    quantize_config: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
-        """Check the name.
+        """Check the name and read a quantize_config.
 
         Raises:
-            ValueError: If the name is empty or no text.
+            ValueError: If the name is empty or no text, or the quantize_config cannot be read.
         """
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError("Name a model: 'demo', a local folder, or a Hub id such as 'org/name'.")
+        if self.model_basename is not None and (not isinstance(self.model_basename, str) or not self.model_basename):
+            raise ValueError(f"model_basename is the name of a weight file, not {self.model_basename!r}.")
+        if self.quantize_config is not None:
+            object.__setattr__(self, "quantize_config", _read_options(self.quantize_config))
+
+    @property
+    def quantize_options(self) -> dict[str, Any] | None:
+        """``quantize_config`` as a dict, or None."""
+        return None if self.quantize_config is None else dict(json.loads(str(self.quantize_config)))
 
     @classmethod
     def parse(cls, text: str | ModelRef) -> ModelRef:
@@ -105,6 +122,21 @@ class ModelRef:
     def __str__(self) -> str:
         """As :meth:`parse` reads it."""
         return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def _read_options(given: Any) -> str:
+    """A quantize_config as JSON text, which compares and hashes: from a dict, a file, or such text."""
+    if isinstance(given, (str, Path)):
+        text = str(given)
+        try:
+            given = json.loads(text if text.lstrip().startswith("{") else Path(text).expanduser().read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"quantize_config is a dict or a JSON file; {text[:80]!r} cannot be read: {error}"
+            ) from None
+    if not isinstance(given, Mapping):
+        raise ValueError("quantize_config is a dict such as {'bits': 4, 'group_size': 128}, or a JSON file.")  # noqa: TRY004 - one kind of error for bad input
+    return json.dumps(dict(given), sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +161,7 @@ class Source:
         fingerprint: Changes when the model's files change.
         trust_remote_code: As the :class:`ModelRef` says.
         allow_pickle: As the :class:`ModelRef` says.
+        notes: What had to be put right to read it, in sentences.
     """
 
     location: str
@@ -140,6 +173,7 @@ class Source:
     fingerprint: str
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def weight_files(self) -> tuple[ModelFile, ...]:
@@ -182,6 +216,10 @@ def _find_folder(folder: Path, ref: ModelRef, title: str | None = None, licence:
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"{folder} holds no config.json: name the folder that save_pretrained wrote.")
+    from workbench.gptq_files import staged_folder
+
+    named, (folder, notes) = folder, staged_folder(folder, ref)
+    config = folder / "config.json"
     files = tuple(
         ModelFile(name=str(path.relative_to(folder)), size_bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
@@ -192,12 +230,13 @@ def _find_folder(folder: Path, ref: ModelRef, title: str | None = None, licence:
         location=str(folder.resolve()),
         revision=None,
         is_local=True,
-        title=title or folder.resolve().name,
+        title=title or named.resolve().name,
         licence=licence or _card_licence(folder / "README.md"),
         files=files,
         fingerprint=stamp,
         trust_remote_code=ref.trust_remote_code,
         allow_pickle=ref.allow_pickle,
+        notes=notes,
     )
 
 
@@ -244,12 +283,14 @@ def _find_on_hub(ref: ModelRef) -> Source:
             snapshot = Path(cached).parent
             # The folder's name is the commit; the Hub id stays the location so that exported code is portable.
             found = _find_folder(snapshot, ref, title=ref.name)
-            return _replace_location(found, ref.name, snapshot.name)
+            staged = found.location != str(snapshot.resolve())
+            return found if staged else _replace_location(found, ref.name, snapshot.name)
         raise ValueError(
             f"The Hub cannot be asked for {ref.name!r} ({type(error).__name__}) and it is not in the local cache; "
             "check the connection, or name a local folder or 'demo'."
         ) from None
     files = tuple(ModelFile(name=s.rfilename, size_bytes=s.size or 0) for s in info.siblings or ())
+    _check_hub_names(ref, files)
     licence = info.card_data.get("license") if info.card_data else None
     return Source(
         location=ref.name,
@@ -262,6 +303,18 @@ def _find_on_hub(ref: ModelRef) -> Source:
         trust_remote_code=ref.trust_remote_code,
         allow_pickle=ref.allow_pickle,
     )
+
+
+def _check_hub_names(ref: ModelRef, files: tuple[ModelFile, ...]) -> None:
+    """Turn away weights under names of their own: only a local folder can be put right."""
+    from workbench.gptq_files import STANDARD_NAMES
+
+    names = [f.name for f in files if "/" not in f.name and f.name.endswith(_WEIGHT_SUFFIXES[:-1])]
+    if ref.model_basename or ref.quantize_config or (names and not {f.name for f in files} & set(STANDARD_NAMES)):
+        raise ValueError(
+            f"{ref.name} keeps its weights under a name of its own ({', '.join(names[:3]) or 'none'}): fetch it with "
+            f"huggingface_hub.snapshot_download({ref.name!r}) and name the folder that this returns."
+        )
 
 
 def _replace_location(source: Source, location: str, revision: str) -> Source:

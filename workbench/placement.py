@@ -457,11 +457,12 @@ def _cost(skeleton: Skeleton, precision: Precision, *, measure: bool) -> Cost | 
     if meta not in _costs and measure:
         with turn.build():
             names = [block.name for block in skeleton.blocks]
-            cost = measure_cost(meta.module, names, skeleton.decoder_blocks)
+            longest = skeleton.context_length
+            cost = measure_cost(meta.module, names, skeleton.decoder_blocks, context_length=longest)
             if cost is None and meta.dtype != "bfloat16":
                 # Some kernels (grouped experts) exist on meta for bfloat16 alone; only the bytes an element differ.
                 other = skeleton.meta_model(FullPrecision(dtype="bfloat16"))
-                cost = measure_cost(other.module, names, skeleton.decoder_blocks)
+                cost = measure_cost(other.module, names, skeleton.decoder_blocks, context_length=longest)
                 cost = cost and cost.scaled(2 if meta.dtype == "float32" else 1)
             _costs[meta] = cost
     return _costs.get(meta)
@@ -592,4 +593,7 @@ def _account_cost(
     for name, peak in cost.activation_bytes(workload).items():
         if name in runs_on:
             activations[runs_on[name]] = max(activations.get(runs_on[name], 0), peak)
+    for name, kept in cost.kept_bytes(workload).items():
+        if name in runs_on:
+            activations[runs_on[name]] = activations.get(runs_on[name], 0) + kept
     return cache, activations

@@ -330,6 +330,9 @@ class GPTQ:
         """The ``transformers.GPTQConfig`` of these options, which a folder that is already quantized loads with."""
         from transformers import GPTQConfig
 
+        from workbench.kernels import import_gptqmodel, library_backend
+
+        import_gptqmodel()
         return GPTQConfig(
             bits=self.bits,
             group_size=self.group_size,
@@ -339,14 +342,16 @@ class GPTQ:
             damp_percent=self.damp_percent,
             true_sequential=self.true_sequential,
             format=self.format,
-            backend=self.backend,
+            backend=library_backend(self.backend),
         )
 
     def to_python(self, model_dtype: str) -> list[str]:  # noqa: ARG002 - likewise
         """The choice of the kernel as a line of Python; everything else is in the folder that it loads."""
         if self.backend == "auto":
             return []
-        return [f'quantization_config = GPTQConfig(bits={self.bits}, backend="{self.backend}")']
+        from workbench.kernels import library_backend
+
+        return [f'quantization_config = GPTQConfig(bits={self.bits}, backend="{library_backend(self.backend)}")']
 
     def quantized_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of one quantized weight of ``shape`` (out, in): ``qweight``, ``qzeros``, ``scales`` and ``g_idx``.
@@ -362,6 +367,34 @@ class GPTQ:
 
 Precision = FullPrecision | Int8 | FourBit | GPTQ
 PRECISIONS: dict[str, type[Precision]] = {cls.method: cls for cls in (FullPrecision, Int8, FourBit, GPTQ)}
+
+
+def stated_gptq(config: Any, asked: Precision) -> GPTQ | None:
+    """How a model is quantized already, if it is.
+
+    Args:
+        config: The model's ``transformers`` config.
+        asked: The recipe's precision; of a GPTQ only its ``backend`` counts for a model that is quantized already.
+
+    Returns:
+        What its config says, with the backend that was asked for; None if it is not quantized.
+
+    Raises:
+        ValueError: If it is quantized by another method than GPTQ, or another precision was asked for.
+    """
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    precision = GPTQ.from_config(
+        stated if isinstance(stated, dict) else stated.to_dict(),
+        backend=asked.backend if isinstance(asked, GPTQ) else "auto",
+    )
+    if isinstance(asked, (Int8, FourBit)):
+        raise ValueError(  # noqa: TRY004 - one kind of error for bad input
+            f"This model is quantized already ({precision.label}), so it cannot be loaded in {asked.label}: pick full "
+            "precision, which keeps it as it is, or the original model."
+        )
+    return precision
 
 
 def precision_to_dict(precision: Precision) -> dict[str, Any]:

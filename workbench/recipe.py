@@ -229,13 +229,16 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
     if recipe.offload_buffers:
         arguments.append("offload_buffers=True")
 
+    auto_class = "AutoModelForSeq2SeqLM" if skeleton.is_encoder_decoder else "AutoModelForCausalLM"
     config_class = ", GPTQConfig" if precision.method == "gptq" else ", BitsAndBytesConfig"
+    # What a decoder alone returns begins with the prompt.
+    answer = "" if skeleton.is_encoder_decoder else '[inputs["input_ids"].shape[1]:]'
     lines = [
         f"# {source.title}, {precision.label}.",
         "# pip install torch transformers accelerate" + (f" {precision.package}" if precision.package else ""),
         *(["import logging", ""] if precision.method == "int8" else []),
         "import torch",
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{config_class if quantization else ''}",
+        f"from transformers import {auto_class}, AutoTokenizer{config_class if quantization else ''}",
         "",
         f"MODEL = {source.location!r}",
         "",
@@ -250,7 +253,7 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
         *quantization,
         *map_lines,
         "",
-        "model = AutoModelForCausalLM.from_pretrained(",
+        f"model = {auto_class}.from_pretrained(",
         *(f"    {argument}," for argument in arguments),
         ")",
         f"tokenizer = AutoTokenizer.from_pretrained({', '.join(common)})",
@@ -264,7 +267,7 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
         '    inputs = tokenizer(prompt, return_tensors="pt")',
         f"inputs = inputs.to({_input_device(device_map)})",
         "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
-        'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        f"print(tokenizer.decode(output[0]{answer}, skip_special_tokens=True))",
         "",
     ]
     return "\n".join(lines)

@@ -141,6 +141,7 @@ class Session:
     load_report: LoadReport
     skeleton: Skeleton
     last_stats: GenerationStats | None = None
+    _offload: Any = field(default=None, repr=False)
     _offload_folder: Any = field(default=None, repr=False)
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
@@ -197,7 +198,9 @@ class Session:
         inputs = self._encode(prompt, system)
         tokens = int(inputs["input_ids"].shape[1])
         limit = self.skeleton.context_length
-        if limit is not None and tokens + max_new_tokens > limit:
+        # An encoder and a decoder each have a context of their own.
+        used = max(tokens, max_new_tokens) if self.skeleton.is_encoder_decoder else tokens + max_new_tokens
+        if limit is not None and used > limit:
             raise ValueError(
                 f"The prompt's {tokens:,} tokens and {max_new_tokens:,} new ones are more than the {limit:,} that the "
                 "model allows: shorten the prompt or lower max_new_tokens."
@@ -225,6 +228,9 @@ class Session:
     def _unload(self) -> None:
         if self.model is None:
             return
+        if self._offload is not None:
+            self._offload.close()
+            self._offload = None
         # The hooks hold the offloaded weights; removing them would load those back, so only cut the references.
         for hook in [m._hf_hook for m in self.model.modules() if hasattr(m, "_hf_hook")]:  # noqa: SLF001 - accelerate's
             hook.weights_map = hook.tied_params_map = None

@@ -121,6 +121,8 @@ class Skeleton:
         default_skips: The modules that transformers leaves alone by itself (the head, tied weights).
         tied: Name of a tied parameter to the name of the one that holds the data.
         no_split_classes: Module classes that must stay on one device.
+        is_encoder_decoder: Whether it reads a prompt with an encoder and writes with a decoder (T5, BART): loaded with
+            ``AutoModelForSeq2SeqLM`` in place of ``AutoModelForCausalLM``.
         config: The ``transformers`` config. Do not change it.
         model_class: The ``transformers`` class.
     """
@@ -138,6 +140,7 @@ class Skeleton:
     default_skips: tuple[str, ...]
     tied: dict[str, str]
     no_split_classes: frozenset[str]
+    is_encoder_decoder: bool
     config: Any = field(repr=False)
     model_class: Any = field(repr=False)
     _variants: OrderedDict[Any, MetaModel] = field(default_factory=OrderedDict, repr=False)
@@ -185,7 +188,7 @@ def read_skeleton(ref: ModelRef | str) -> Skeleton:
 
 def _read(source: Source) -> Skeleton:
     config = read_config(source)
-    model_class, config = _causal_lm_class(config, source)
+    model_class, config = _model_class(config, source)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
@@ -221,14 +224,33 @@ def _read(source: Source) -> Skeleton:
         default_skips=_default_skips(module, linear),
         tied=tied,
         no_split_classes=no_split,
+        is_encoder_decoder=_seq2seq_class(config) is model_class,
         config=config,
         model_class=model_class,
     )
 
 
-def _causal_lm_class(config: Any, source: Source) -> tuple[Any, Any]:
-    """Return the class that ``AutoModelForCausalLM`` would load and the config that it would give it."""
+def _seq2seq_class(config: Any) -> Any | None:
+    """The encoder-decoder class that reads and writes text for a config, or None if there is none."""
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING or not getattr(config, "is_encoder_decoder", False):
+        return None
+    found = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+    return found if found.main_input_name == "input_ids" else None  # some read sound
+
+
+def _model_class(config: Any, source: Source) -> tuple[Any, Any]:
+    """Return the class that an ``AutoModelFor...`` would load and the config that it would give it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    seq2seq = _seq2seq_class(config)
+    if seq2seq is not None:
+        # Some types (BART) have a class for the decoder alone, too: the config says which it was saved from.
+        saved_from = getattr(config, "architectures", None) or ()
+        alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_decoder", False)
+        if seq2seq.__name__ in saved_from or (not any("CausalLM" in name for name in saved_from) and not alone):
+            return seq2seq, config
 
     auto_map = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in auto_map and source.trust_remote_code:
@@ -345,6 +367,8 @@ def _default_skips(module: Any, linear: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _context_length(config: Any) -> int | None:
+    if hasattr(config, "relative_attention_num_buckets"):
+        return None  # T5 and its kin know distances only; what their configs name is what they were trained with
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -385,5 +409,7 @@ def _decoder_blocks(module: Any, blocks: tuple[Block, ...]) -> tuple[str, ...]:
     from torch import nn
 
     lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    if getattr(module.config, "is_encoder_decoder", False):
+        lists = [name for name in lists if "decoder" in name.split(".")] or lists
     members = [tuple(b.name for b in blocks if b.name.rpartition(".")[0] == name) for name in lists]
     return max(members, key=len, default=())

@@ -1,11 +1,18 @@
-"""What the KV cache and the activations are for: context length and batch size."""
+"""What the KV cache and the activations are for, and what they come to: context length and batch size.
+
+The cost is read off the model's own forward at a few lengths (rehearsal.py); docs/cache.md says how and how exactly.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import bisect
+import re
+import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.model import refuses_unknown
+from workbench.rehearsal import Rehearsal, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,209 +44,218 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Bytes as a function of the context length, from a few lengths at which they were measured.
+
+    Attributes:
+        points: (tokens, bytes), at least two, by rising length. Between two of them the parabola through the nearest
+            three holds, kept within the two; beyond the last, where a layer that the model has to step through was too
+            slow to be followed, the line through the last two.
+    """
+
+    points: tuple[tuple[int, int], ...]
+
+    def at(self, tokens: int) -> int:
+        """Bytes at a length."""
+        lengths = [length for length, _ in self.points]
+        right = bisect.bisect_left(lengths, tokens)
+        if right < len(lengths) and lengths[right] == tokens:
+            return self.points[right][1]
+        if right in (0, len(lengths)):
+            (x0, y0), (x1, y1) = self.points[:2] if right == 0 else self.points[-2:]
+            return max(0, round(y0 + (y1 - y0) / (x1 - x0) * (tokens - x0)))
+        first = max(0, min(right - 2, len(lengths) - 3))
+        near = self.points[first : first + 3]
+        low, high = sorted((self.points[right - 1][1], self.points[right][1]))
+        return min(high, max(low, round(_lagrange(near, tokens))))
+
+    def scaled(self, factor: int) -> Curve:
+        """The same with ``factor`` times the bytes."""
+        return Curve(points=tuple((tokens, factor * size) for tokens, size in self.points))
+
+
+def _lagrange(points: Sequence[tuple[int, int]], x: int) -> float:
+    """The value at ``x`` of the polynomial through all points."""
+    total = 0.0
+    for i, (xi, yi) in enumerate(points):
+        term = float(yi)
+        for j, (xj, _) in enumerate(points):
+            if i != j:
+                term *= (x - xj) / (xi - xj)
+        total += term
+    return total
+
+
+def _at(curves: Sequence[tuple[str, Curve]], workload: Workload) -> dict[str, int]:
+    shared = {id(curve): curve for _, curve in curves}  # layers of a kind have one
+    sizes = {key: workload.batch_size * curve.at(workload.context_length) for key, curve in shared.items()}
+    return {name: sizes[id(curve)] for name, curve in curves}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """What one sequence costs beside the weights, as functions of its length.
 
     Attributes:
         cache: For each layer of the KV cache (offset, slope, ceiling), in bytes, bytes a token, bytes: a layer holds
-            ``min(offset + slope * tokens, ceiling)``; the ceiling is what a sliding window or a state comes to.
-        activations: For each block (name, constant, linear, quadratic): the peak of live activations while it runs in
-            the prefill is ``constant + linear * tokens + quadratic * tokens ** 2`` bytes.
+            ``min(offset + slope * tokens, ceiling)``; the ceiling is what a sliding window comes to, None without one.
+        is_exact: Whether that gave the cache at every length that was measured, up to the model's longest or, where a
+            layer is too slow to be followed there, past every window that its config names.
+        prefill: For each block the peak of live activations while it runs in the prefill of a prompt.
+        kept: For each decoder layer what it keeps after the prefill of a prompt beyond its share of the cache: a
+            sliding window's layer is a view of the whole prompt's until the next token. Empty if no layer does.
+        decode: For each block the peak of live activations while it runs in the step that makes the last token.
     """
 
-    cache: tuple[tuple[int, float, int], ...]
-    activations: tuple[tuple[str, float, float, float], ...]
+    cache: tuple[tuple[int, float, int | None], ...]
+    is_exact: bool = True
+    prefill: tuple[tuple[str, Curve], ...] = ()
+    kept: tuple[tuple[str, Curve], ...] = ()
+    decode: tuple[tuple[str, Curve], ...] = ()
 
     def cache_bytes(self, workload: Workload) -> tuple[int, ...]:
         """KV cache bytes for each cache layer when the context is full."""
         tokens, batch = workload.context_length, workload.batch_size
-        return tuple(batch * min(round(offset + slope * tokens), ceiling) for offset, slope, ceiling in self.cache)
+        full = ((round(offset + slope * tokens), ceiling) for offset, slope, ceiling in self.cache)
+        return tuple(batch * (size if ceiling is None else min(size, ceiling)) for size, ceiling in full)
 
     def activation_bytes(self, workload: Workload) -> dict[str, int]:
-        """Estimated peak of live activations in bytes for each block, for a prompt that fills the context."""
-        tokens, batch = workload.context_length, workload.batch_size
-        return {
-            name: batch * max(0, round(constant + linear * tokens + quadratic * tokens**2))
-            for name, constant, linear, quadratic in self.activations
-        }
+        """Estimated peak of live activations in bytes while each block runs, for a prompt that fills the context."""
+        peaks = _at(self.prefill, workload)
+        for name, step in _at(self.decode, workload).items():
+            peaks[name] = max(peaks[name], step)
+        return peaks
+
+    def kept_bytes(self, workload: Workload) -> dict[str, int]:
+        """Bytes that each layer keeps after that prompt beyond its share of the cache, where it is not nothing.
+
+        On a device they add up over its layers, and come on top of the largest of its activations.
+        """
+        return _at(self.kept, workload)
+
+    def decode_bytes(self, workload: Workload) -> dict[str, int]:
+        """Estimated peak of live activations in bytes while each block runs for one more token at a full context."""
+        return _at(self.decode, workload)
 
     def scaled(self, factor: int) -> Cost:
         """The same model in a dtype with ``factor`` times as many bytes an element."""
-        return Cost(
-            cache=tuple((factor * offset, factor * slope, factor * ceiling) for offset, slope, ceiling in self.cache),
-            activations=tuple((name, factor * a, factor * b, factor * c) for name, a, b, c in self.activations),
+        return replace(
+            self,
+            cache=tuple((factor * o, factor * s, None if c is None else factor * c) for o, s, c in self.cache),
+            prefill=_scaled(self.prefill, factor),
+            kept=_scaled(self.kept, factor),
+            decode=_scaled(self.decode, factor),
         )
 
 
-# Three short runs give each block's parabola, and two of them each cache layer's line; a long one gives its ceiling.
-_PROMPTS = (64, 128, 256)
-_LONG = 1 << 20
+def _scaled(curves: Sequence[tuple[str, Curve]], factor: int) -> tuple[tuple[str, Curve], ...]:
+    shared = {id(curve): curve.scaled(factor) for _, curve in curves}
+    return tuple((name, shared[id(curve)]) for name, curve in curves)
 
 
-def measure_cost(module: Any, block_names: Sequence[str], decoder_blocks: Sequence[str]) -> Cost | None:
+# The first three lengths tell each cache layer's line and whether the model steps through its tokens. They are odd, so
+# that a layer which keeps a summary of every so many tokens does not pass for a line.
+_SHORT = (9, 27, 129)
+_BETWEEN = (1025, 8193)
+_LONGEST = 1 << 20  # where a model names no limit
+_MOST_STEPS = 10_000  # operators that a long run may take beyond those of a short one
+_MOST_SECONDS = 1.2  # for all runs together
+
+
+def measure_cost(
+    module: Any, block_names: Sequence[str], decoder_blocks: Sequence[str], *, context_length: int | None = None
+) -> Cost | None:
     """Run a model's own forward on the ``meta`` device to see what cache and activations it makes.
 
-    Nothing is computed, so the size of the model hardly matters. The cache is exact for any architecture that fills
-    one (sliding windows, latent attention, states); the activations are those of this forward with fused attention, an
-    estimate: kernels take scratch memory of their own.
+    Nothing is computed, and of decoder layers that are alike one runs, so the size of the model hardly matters. The
+    cache is exact for any architecture that fills one (sliding windows, latent attention, states) unless
+    :attr:`Cost.is_exact` says otherwise; the activations are those of this forward with fused attention, an estimate:
+    kernels take scratch memory of their own. It takes about a second at most.
 
     Args:
         module: A causal language model on ``meta``, not quantized.
-        block_names: The blocks to which peaks are attributed, in execution order.
-        decoder_blocks: Those of them that have a share in the cache.
+        block_names: The blocks to which peaks are attributed.
+        decoder_blocks: Those of them that have a share in the cache, in order.
+        context_length: The most tokens that the model allows; None if it does not say.
 
     Returns:
         The cost of one sequence, or None if the model cannot be run on ``meta``.
     """
-    try:
-        runs = [_watch_prefill(module, block_names, decoder_blocks, tokens) for tokens in _PROMPTS]
-        with _fused_attention():
-            ceiling = _cache_bytes(_prefill(module, _LONG))
-    except Exception:  # noqa: BLE001 - models from anywhere; what cannot be run is shown as unknown
-        return None
-    (first, _), (second, _), _ = runs
-    lines = tuple(_line(low, high, top) for low, high, top in zip(first, second, ceiling, strict=True))
-    peaks = [run[1] for run in runs]
-    return Cost(cache=lines, activations=tuple((n, *_parabola([p[n] for p in peaks])) for n in block_names))
+    longest = min(context_length or _LONGEST, _LONGEST)
+    with Rehearsal(module, block_names, decoder_blocks, deadline=time.monotonic() + _MOST_SECONDS) as rehearsal:
+        runs = _climb(rehearsal, longest)
+    return _fit(runs, _widest_window(module, longest)) if len(runs) > 1 else None
 
 
-def _line(low: int, high: int, top: int) -> tuple[int, float, int]:
-    """Return (offset, slope, ceiling) of a cache layer from its bytes at two short lengths and a very long one."""
-    x0, x1, _ = _PROMPTS
-    if low < high == top:  # the window ends between the two lengths
-        return 0, low / x0, top
-    slope = (high - low) / (x1 - x0)
-    return round(low - slope * x0), slope, top
+def _climb(rehearsal: Rehearsal, longest: int) -> list[Run]:
+    """Run prompts of rising length, as far as the model can be followed."""
+    room = max(1, longest - 2)  # for the two tokens of the decode steps
+    runs: list[Run] = []
+
+    def attempt(tokens: int, *, step: bool = False) -> None:
+        if tokens > room or any(run.tokens == tokens for run in runs):
+            return
+        most = None
+        if len(runs) > 1:
+            # A model that steps through its tokens takes operators for each: one that would take too many is let be.
+            before, last = runs[-2:]
+            a_token = (last.operators - before.operators) / (last.tokens - before.tokens)
+            most = 2 * last.operators + _MOST_STEPS
+            if tokens > _SHORT[-1] and last.operators + a_token * (tokens - last.tokens) > most:
+                return
+        try:
+            runs.append(rehearsal.run(tokens, step=step, most_operators=most))
+        except Exception:  # noqa: BLE001 - models from anywhere; a length at which one cannot be run is left out
+            return
+
+    for tokens in _SHORT if room > _SHORT[-1] else (max(1, room // 4), max(1, room // 2)):
+        attempt(tokens, step=tokens != _SHORT[0])
+    if runs:
+        attempt(room, step=True)
+        for tokens in _BETWEEN:
+            attempt(tokens, step=tokens == _BETWEEN[-1])
+    return sorted(runs, key=lambda run: run.tokens)
 
 
-def _parabola(values: list[int]) -> tuple[float, float, float]:
-    """Return constant, linear and quadratic coefficient through the values at the prompt lengths."""
-    x0, x1, x2 = _PROMPTS
-    y0, y1, y2 = values
-    slope01, slope12 = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    quadratic = (slope12 - slope01) / (x2 - x0)
-    linear = slope01 - quadratic * (x0 + x1)
-    return y0 - linear * x0 - quadratic * x0**2, linear, quadratic
+def _fit(runs: list[Run], widest: int) -> Cost:
+    """Turn what was measured at a few lengths into functions of the length."""
+    lines = [_line(points) for points in zip(*([(r.tokens, size) for size in r.cache] for r in runs), strict=True)]
+    # Only a run that went past a window shows it.
+    seen = runs[-1].tokens >= widest or all(slope == 0 for (_, slope, _), _ in lines)
+
+    shared: dict[Any, Curve] = {}
+
+    def curves(sizes: list[tuple[int, dict[str, int]]]) -> tuple[tuple[str, Curve], ...]:
+        names = sizes[0][1] if len(sizes) > 1 else ()
+        points = {name: tuple((tokens, by[name]) for tokens, by in sizes) for name in names}
+        return tuple((name, shared.setdefault(p, Curve(points=p))) for name, p in points.items())
+
+    kept = curves([(run.tokens, run.kept) for run in runs])
+    return Cost(
+        cache=tuple(line for line, _ in lines),
+        is_exact=seen and all(fits for _, fits in lines) and all(run.is_whole for run in runs),
+        prefill=curves([(run.tokens, run.prefill) for run in runs]),
+        kept=tuple((name, curve) for name, curve in kept if any(size for _, size in curve.points)),
+        decode=curves([(run.tokens + 2, run.step) for run in runs if run.step]),
+    )
 
 
-def _fused_attention() -> Any:
-    """A context in which attention makes no matrix of all pairs, as the fused kernels of every device do not.
-
-    On ``meta`` torch would take its plain formula, which does.
-    """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-    from torch.overrides import TorchFunctionMode
-
-    class Fused(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if func is torch.Tensor.__contains__:
-                return False  # models look for padding among the ids, which have no values here
-            if func is scaled_dot_product_attention:
-                query = args[0] if args else kwargs["query"]
-                value = args[2] if len(args) > 2 else kwargs["value"]
-                return torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
-            return func(*args, **kwargs)
-
-    return Fused()
+def _line(points: Sequence[tuple[int, int]]) -> tuple[tuple[int, float, int | None], bool]:
+    """Return (offset, slope, ceiling) of a cache layer and whether it holds at all the lengths."""
+    (x0, y0), (x1, y1) = points[:2]
+    last, top = points[-1]
+    slope = (y1 - y0) / (x1 - x0)
+    offset = round(y0 - slope * x0)
+    ceiling = top if top < round(offset + slope * last) else None
+    if all(y == min(round(offset + slope * x), top) for x, y in points):
+        return (offset, slope, ceiling), True
+    (x0, y0), (x1, y1) = points[-2:]  # not a line: the long run counts most
+    slope = max(0.0, (y1 - y0) / (x1 - x0))
+    return (round(y1 - slope * x1), slope, None), False
 
 
-def _prefill(module: Any, tokens: int) -> Any:
-    """Run a prompt of ``tokens`` ids, as ``generate`` does: with a cache and logits for the last token alone."""
-    import inspect
-
-    import torch
-
-    options: dict[str, Any] = {"use_cache": True}
-    if "logits_to_keep" in inspect.signature(module.forward).parameters:
-        options["logits_to_keep"] = 1
-    with torch.no_grad():
-        return module(input_ids=torch.zeros((1, tokens), dtype=torch.long, device="meta"), **options)
-
-
-def _cache_bytes(output: Any) -> list[int]:
-    """Bytes of each layer of the cache that a forward returned, less counters (what has no batch dimension)."""
-    cache = output.get("past_key_values") or output.get("cache_params")
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        layers = [cache] if cache is not None else []
-    return [sum(t.nbytes for t in _tensors(layer, set()) if t.dim() > 1) for layer in layers]
-
-
-def _tensors(value: Any, seen: set[int]) -> list[Any]:
-    """Every tensor inside a cache layer: attributes, lists and dicts of them, each once."""
-    import torch
-
-    if id(value) in seen:
-        return []
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        children = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        children = list(value)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        children = list(vars(value).values())
-    else:
-        return []
-    return [tensor for child in children for tensor in _tensors(child, seen)]
-
-
-def _watch_prefill(
-    module: Any, block_names: Sequence[str], decoder_blocks: Sequence[str], tokens: int
-) -> tuple[list[int], dict[str, int]]:
-    """Return the bytes of each cache layer, and the peak of other live tensors while each block runs."""
-    import weakref
-
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    weights = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}  # noqa: SLF001 - a storage's identity
-    live: dict[int, int] = {}
-    peaks = dict.fromkeys(block_names, 0)
-    running = [block_names[0]]
-    total_bytes = [0]
-
-    def freed(key: int) -> None:
-        total_bytes[0] -= live.pop(key)
-
-    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        """Adds up the storages that operators return, until they are freed."""
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    key = storage._cdata  # noqa: SLF001 - likewise
-                    if key not in live and key not in weights:
-                        live[key] = storage.nbytes()
-                        total_bytes[0] += live[key]
-                        weakref.finalize(storage, freed, key)
-            peaks[running[0]] = max(peaks[running[0]], total_bytes[0])
-            return result
-
-    def enter(name: str) -> Any:
-        def hook(_module: Any, _args: Any) -> None:
-            running[0] = name
-
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_pre_hook(enter(name)) for name in block_names]
-    try:
-        with _fused_attention(), Watch():  # type: ignore[no-untyped-call]
-            output = _prefill(module, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    # The cache is counted on its own: a layer's share is among the live tensors from that layer on.
-    cache = _cache_bytes(output)
-    shares = dict(zip(decoder_blocks, cache, strict=True)) if len(cache) == len(decoder_blocks) else {}
-    held = 0
-    for name in block_names:
-        held += shares.get(name, 0)
-        peaks[name] -= min(held, peaks[name])
-    return cache, peaks
+def _widest_window(module: Any, longest: int) -> int:
+    """The largest number that the config gives to a window or a chunk; no cache levels off beyond it."""
+    config = module.config.get_text_config(decoder=True)
+    values = [v for name, v in vars(config).items() if re.search("window|chunk|local", name)]
+    return max((v for v in values if isinstance(v, int) and v < longest), default=0)
