@@ -8,12 +8,13 @@ every engine decodes the same number of tokens after a short prompt.
 
 - warm: the checkpoint is in the system's page cache.
 - cap: likewise, but the budget has room for half of the layers only, and what is behind is let go.
-- cold: the pages of each layer on disk are dropped from the page cache as soon as it has run, for both engines, so
-  that every token reads all of them from the disk. Workbench has room for three layers.
+- cold: the pages of each layer on disk are dropped from the page cache once it and the next have run, for both
+  engines, so that every token reads all of them from the disk (how much it really read is shown). Workbench has room
+  for three layers.
 - cold, cap: Workbench has room for half of the layers; accelerate knows no such thing.
 
-The physical limit is what no engine can exceed: warm, the speed with everything in memory; cold, the bytes that a
-token needs from disk over the speed at which the disk gives them, measured in the same rounds.
+The physical limit is what no engine can exceed: warm, the speed with everything in memory; cold, the bytes that were
+read over the speed at which the disk gives them, measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import mmap
 import os
 import platform
+import shutil
 import statistics
 import tempfile
 import threading
@@ -42,9 +44,10 @@ from workbench.offload_pages import MappedFile
 from workbench.session import in_worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PIECE_BYTES = 4 * 2**20
+HUGE_BYTES = 2 * 2**20
 THREADS = 4
 
 
@@ -80,9 +83,38 @@ def device_map(layers: int, on_disk: int) -> dict[str, str]:
     }
 
 
-def drop(file: MappedFile, start: int, end: int) -> None:
-    """Drop pages that nobody has mapped from the page cache."""
-    file.release(start, end, drop=True)
+def read_bytes() -> int:
+    """What this process has had read from disk so far."""
+    return int(next(line for line in Path("/proc/self/io").read_text().splitlines() if "read_bytes" in line).split()[1])
+
+
+class Dropper:
+    """Drops the pages of layers on disk from the page cache, behind a model that runs."""
+
+    def __init__(self, folder: Path, session: wb.Session, layers: range) -> None:
+        self.files = [MappedFile(str(path)) for path in sorted(folder.glob("*.safetensors"))]
+        for i in layers:
+            before = layers[(i - layers.start - 1) % len(layers)]
+            places = list(self.places(f"model.layers.{before}."))
+            session.model.model.layers[i].register_forward_hook(lambda *_, places=places: self.drop(places))
+
+    def places(self, prefix: str) -> Iterator[tuple[MappedFile, int, int]]:
+        """Where a layer lies, rounded to huge pages: of those that are cut nothing would be dropped."""
+        for file in self.files:
+            entries = [entry for name, entry in file.entries.items() if name.startswith(prefix)]
+            if entries:
+                low, high = min(entry[2] for entry in entries), max(entry[3] for entry in entries)
+                yield file, low - low % HUGE_BYTES, high + -high % HUGE_BYTES
+
+    def drop(self, places: list[tuple[MappedFile, int, int]]) -> None:
+        """Forward hook."""
+        for file, low, high in places:
+            file.release(low, high, drop=True)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
 
 
 class DiskSpeed:
@@ -130,30 +162,41 @@ class Engine:
 
     session: wb.Session
     offload: Any = None
+    dropper: Dropper | None = None
     rates: list[float] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)  # bytes a token
 
     def decode(self, tokens: int) -> None:
         """Decode in the worker thread, greedily and without a tokenizer."""
 
-        def run() -> float:
+        def run() -> tuple[float, float]:
             model = self.session.model
             with torch.no_grad():
                 out = model(torch.arange(1, 9)[None], use_cache=True)
-                started = time.perf_counter()
+                started, before = time.perf_counter(), read_bytes()
                 for _ in range(tokens):
                     ids = out.logits[:, -1:].argmax(-1)
                     out = model(ids, past_key_values=out.past_key_values, use_cache=True)
-                return tokens / (time.perf_counter() - started)
+                return tokens / (time.perf_counter() - started), (read_bytes() - before) / tokens
 
-        self.rates.append(in_worker(run))
+        rate, read = in_worker(run)
+        self.rates.append(rate)
+        self.reads.append(read)
 
     @property
     def rate(self) -> float:
         """Tokens a second."""
         return statistics.median(self.rates)
 
+    @property
+    def read_bytes(self) -> float:
+        """What a token had read from disk."""
+        return statistics.median(self.reads)
+
     def close(self) -> None:
         """Give everything back."""
+        if self.dropper is not None:
+            self.dropper.close()
         if self.offload is not None:
             self.offload.close()
         self.session.unload()
@@ -189,28 +232,21 @@ class Case:
         """Everything on the CPU."""
         return Engine(wb.load(wb.Recipe(model=str(self.folder), workload=wb.Workload(context_length=256))))
 
-    def ours(self, layers_in_memory: int | None, *, drops: bool | None = None) -> Engine:
+    def ours(self, layers_in_memory: int | None, *, cold: bool = False) -> Engine:
         """Workbench's offload."""
         session = wb.load(self.recipe(layers_in_memory), offload="accelerate")
-        offload, lines = attach(session.model, session.placement, None, drop_behind=drops)
+        offload, lines = attach(session.model, session.placement, None, drop_behind=False)
         print("   ", *lines)
-        return Engine(session, offload)
+        return Engine(session, offload, self.dropper(session) if cold else None)
 
-    def theirs(self, *, drops: bool = False) -> Engine:
-        """accelerate's hooks; with pages dropped as soon as a layer has run."""
+    def theirs(self, *, cold: bool = False) -> Engine:
+        """Accelerate's hooks."""
         session = wb.load(self.recipe(None), offload="accelerate")
-        if drops:
-            files: dict[str, MappedFile] = {}
-            for i in range(self.layers - self.on_disk, self.layers):
-                layer, name = session.model.model.layers[i], f"model.layers.{i}."
-                index = layer.mlp.down_proj._hf_hook.weights_map.dataset.index  # noqa: SLF001 - where the bytes are
-                places = []
-                for entry in (entry for key, entry in index.items() if key.startswith(name)):
-                    path = entry["safetensors_file"]
-                    file = files.setdefault(path, MappedFile(path))
-                    places.append((file, *file.entries[entry["weight_name"]][2:]))
-                layer.register_forward_hook(lambda *_, places=places: [drop(*place) for place in places] and None)
-        return Engine(session)
+        return Engine(session, None, self.dropper(session) if cold else None)
+
+    def dropper(self, session: wb.Session) -> Dropper:
+        """For the cold states."""
+        return Dropper(self.folder, session, range(self.layers - self.on_disk, self.layers))
 
 
 def rounds(engines: dict[str, Engine], count: int, tokens: dict[str, int], disk: DiskSpeed | None = None) -> None:
@@ -223,6 +259,7 @@ def rounds(engines: dict[str, Engine], count: int, tokens: dict[str, int], disk:
         if turn == 0:
             for engine in engines.values():
                 engine.rates.clear()
+                engine.reads.clear()
 
 
 def run(title: str, folder: Path, options: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -251,21 +288,23 @@ def run(title: str, folder: Path, options: argparse.Namespace) -> list[tuple[str
             engine.close()
 
         disk = DiskSpeed(folder / "model.safetensors")
-        engines = {
-            "ours": case.ours(3, drops=True),
-            "cap": case.ours(capped, drops=True),
-            "accelerate": case.theirs(drops=True),
-        }
+        engines = {"ours": case.ours(3, cold=True), "accelerate": case.theirs(cold=True)}
         rounds(engines, options.rounds, dict.fromkeys(engines, slow), disk)
-        theirs = engines["accelerate"].rate
-        for state, name in (("cold", "ours"), (f"cold, cap {capped}", "cap")):
-            ours = engines[name].rate
-            limit = disk.bytes_per_s / engines[name].offload.streamed_bytes
-            row = (title, share, state, f"{ours:.2f}", f"{theirs:.2f}", f"{limit:.2f} (disk)")
-            their_share = 100 * theirs * case.disk_bytes / disk.bytes_per_s
-            rows.append((*row, f"{100 * ours / limit:.0f} %", f"{their_share:.0f} %", f"{ours / theirs:.2f}"))
+        theirs, theirs_read = engines["accelerate"].rate, engines["accelerate"].read_bytes
+        cold = [("cold", engines["ours"].rate, engines["ours"].read_bytes)]
         for engine in engines.values():
             engine.close()
+        # Alone: what it keeps mapped cannot be dropped for the others either.
+        engines = {"cap": case.ours(capped, cold=True)}
+        rounds(engines, options.rounds, {"cap": slow})
+        cold.append((f"cold, cap {capped}", engines["cap"].rate, engines["cap"].read_bytes))
+        engines["cap"].close()
+        for state, ours, ours_read in cold:
+            print(f"    {state}: {ours_read / 1e6:.0f} MB read for each token, {theirs_read / 1e6:.0f} by accelerate")
+            their_limit = disk.bytes_per_s / theirs_read
+            of_disk = f"{100 * ours * ours_read / disk.bytes_per_s:.0f} %"
+            row = (title, share, state, f"{ours:.2f}", f"{theirs:.2f}", f"{disk.bytes_per_s / ours_read:.2f} (disk)")
+            rows.append((*row, of_disk, f"{100 * theirs / their_limit:.0f} %", f"{ours / theirs:.2f}"))
         print(f"    the disk: {disk.bytes_per_s / 1e9:.2f} GB/s (median of {len(disk.seen)})")
     return rows
 
@@ -285,10 +324,10 @@ def main() -> None:
     )
     print(f"transformers {version('transformers')}, accelerate {version('accelerate')}\n")
     rows: list[tuple[str, ...]] = []
-    if "demo" in options.models:
-        rows += run("demo", fetch_demo_model(), options)
-    if "1.1B" in options.models:
-        with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
+        if "demo" in options.models:  # a copy: pages that another program has mapped cannot be dropped
+            rows += run("demo", Path(shutil.copytree(fetch_demo_model(), f"{temporary}/demo")), options)
+        if "1.1B" in options.models:
             folder = Path(options.folder or temporary) / "llama-1.1b"
             if not folder.exists():
                 make_llama(folder)

@@ -100,7 +100,7 @@ def test_a_measured_machine(demo_model: Path) -> None:
     found = wb.calibrate()
     assert known_calibration() == found
     assert found.module_seconds > 0
-    assert min(found.large_bytes_per_s.values()) > 1e8
+    assert min(found.large_bytes_per_s.values()) > 1e6
     session = wb.load(wb.Recipe(model=str(demo_model)))
     session.generate("Hello", max_new_tokens=4)
     session.generate("Tell me a story.", max_new_tokens=20)

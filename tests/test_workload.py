@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from architectures import tiny_config
 
 from workbench.placement import place
 from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.recipe import Recipe
-from workbench.skeleton import read_skeleton
-from workbench.workload import Cost, Workload, measure_cost
+from workbench.rehearsal import Rehearsal
+from workbench.skeleton import Skeleton, read_skeleton
+from workbench.workload import Cost, Curve, Workload, measure_cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,10 +21,35 @@ if TYPE_CHECKING:
 
     from workbench.precision import Precision
 
-# Around the lengths at which the cost is measured (64, 128, 256) and the windows (gemma3: 80, gpt-oss: 128,
-# mistral: 200), and past all of them. A window shorter than 64 tokens, which no published model has, would be taken
-# for full.
-LENGTHS = (1, 2, 31, 64, 79, 80, 81, 127, 128, 129, 199, 200, 201, 256, 300)
+# Around the lengths at which the cost is measured (9, 27, 129, the longest) and the windows (gemma3: 80, gpt-oss: 128,
+# mistral: 200), and past all of them. A window shorter than 27 tokens, which no published model has, is not seen.
+LENGTHS = (1, 2, 9, 31, 64, 79, 80, 81, 127, 128, 129, 199, 200, 201, 256, 300)
+# Types whose forward steps through the tokens, or through pieces of the prompt, in Python; and others whose cache or
+# layers are unlike most.
+STEPPING = (
+    "bailing_hybrid",
+    "falcon_mamba",
+    "kimi_linear",
+    "mamba",
+    "minimax",
+    "olmo_hybrid",
+    "qwen3_5_text",
+    "qwen3_next",
+    "qwen4_exp_text",
+    "recurrent_gemma",
+    "rwkv",
+)
+UNUSUAL = (
+    "bart",
+    "cpmant",
+    "gemma3n_text",
+    "gemma4_text",
+    "hrm_text",
+    "jetmoe",
+    "llama4_text",
+    "longcat_flash",
+    "zamba2",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,12 +63,36 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def cost_of(folder: Path, precision: Precision) -> Cost:
-    skeleton = read_skeleton(str(folder))
+def measured(skeleton: Skeleton, precision: Precision) -> Cost | None:
     names = [block.name for block in skeleton.blocks]
-    cost = measure_cost(skeleton.meta_model(precision).module, names, skeleton.decoder_blocks)
+    module = skeleton.meta_model(precision).module
+    return measure_cost(module, names, skeleton.decoder_blocks, context_length=skeleton.context_length)
+
+
+def cost_of(folder: Path, precision: Precision) -> Cost:
+    cost = measured(read_skeleton(str(folder)), precision)
     assert cost is not None
     return cost
+
+
+def tiny_skeleton(model_type: str, folder: Path) -> Skeleton:
+    """A skeleton needs no weights: the config alone is saved."""
+    import torch
+
+    config = tiny_config(model_type)
+    config.dtype = torch.bfloat16
+    if model_type == "bart":
+        config.architectures = ["BartForCausalLM"]
+    config.save_pretrained(folder)
+    return read_skeleton(str(folder))
+
+
+def real_model(skeleton: Skeleton) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return skeleton.model_class(skeleton.config).to(torch.bfloat16).eval()
 
 
 def tensors_with_a_batch(value: Any, seen: set[int]) -> Iterator[Any]:
@@ -58,7 +110,7 @@ def tensors_with_a_batch(value: Any, seen: set[int]) -> Iterator[Any]:
         children = value
     elif isinstance(value, dict):
         children = value.values()
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
+    elif hasattr(value, "__dict__") and not callable(value):
         children = vars(value).values()
     for child in children:
         yield from tensors_with_a_batch(child, seen)
@@ -131,12 +183,66 @@ def test_cache_of_other_precisions(name: str, precision: Precision, tiny_model: 
     assert placement.kv_cache_bytes == sum(cache_bytes(output.past_key_values))
 
 
+@pytest.mark.filterwarnings("ignore")  # of a library, about a config that is tiny
+@pytest.mark.parametrize("model_type", [*STEPPING, *UNUSUAL])
+def test_the_measurement_is_bounded_and_right_for_every_kind_of_forward(model_type: str, tmp_path: Path) -> None:
+    import torch
+
+    skeleton = tiny_skeleton(model_type, tmp_path)
+    skeleton.meta_model(FullPrecision())
+    start = time.monotonic()
+    cost = measured(skeleton, FullPrecision())
+    seconds = time.monotonic() - start
+
+    assert cost is not None
+    assert cost.is_exact
+    assert seconds < 2  # the bound that it has is 1.2; before it had one, these took 6 to 190
+    model = real_model(skeleton)
+    for length in (1, 33, 200):
+        with torch.no_grad():
+            output = model(torch.full((1, length), 7), use_cache=True)
+        found = (output.get(name) for name in ("past_key_values", "cache_params", "state"))
+        cache = next((value for value in found if value is not None), None)
+        if cache is None:  # recurrent_gemma keeps its states in its own modules
+            cache = [value for module in model.modules() for name, value in vars(module).items() if name[0] != "_"]
+        real = sum(t.numel() * t.element_size() for t in tensors_with_a_batch(cache, set()))
+        assert sum(cost.cache_bytes(Workload(context_length=length))) == real, f"{length} tokens"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_line_is_said_to_be_inexact(tmp_path: Path) -> None:
+    # Its layers gather tokens until a summary is made of them, so the cache shrinks now and then.
+    cost = measured(tiny_skeleton("deepseek_v4", tmp_path), FullPrecision())
+    assert cost is not None
+    assert not cost.is_exact
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma2", "gpt2", "gptj", "llama4_text", "qwen3_next", "zaya"])
+def test_a_layer_stands_in_for_others_without_a_difference(model_type: str, tmp_path: Path) -> None:
+    skeleton = tiny_skeleton(model_type, tmp_path)
+    module = skeleton.meta_model(FullPrecision()).module
+    names = [block.name for block in skeleton.blocks]
+    # As if no layer were of the same kind as another.
+    apart = Rehearsal(module, names, skeleton.decoder_blocks, deadline=time.monotonic() + 60)
+    apart._stands_in = {}
+    with apart:
+        full = apart.run(129)
+    together = Rehearsal(module, names, skeleton.decoder_blocks, deadline=time.monotonic() + 60)
+    with together:
+        short = together.run(129)
+
+    assert (short.cache, short.prefill, short.kept) == (full.cache, full.prefill, full.kept)
+    assert short.operators < full.operators
+    assert not any(block._forward_pre_hooks or "forward" in vars(block) for block in module.modules())
+
+
 def test_activations_are_of_the_size_of_a_real_forward(
     tiny_model: Callable[[str], Path], loaded: Callable[[str, Precision], Any]
 ) -> None:
     """The estimate is for fused attention without scratch memory; real kernels differ by their scratch.
 
-    Seen on the CPU: 0.97 to 1.03 of what is really live at the peak, so 0.7 to 1.4 leaves room for other versions of
+    Seen on the CPU: 0.97 to 1.05 of what is really live at the peak, so 0.8 to 1.25 leaves room for other versions of
     the kernels and still notices a term that is missing (the logits, the MLP's product, a second copy of the cache).
     DeepSeek is not among them: its value heads are narrower than its query heads, for which the CPU has no fused
     kernel, so there the matrix of all pairs comes on top.
@@ -144,19 +250,40 @@ def test_activations_are_of_the_size_of_a_real_forward(
     import torch
 
     ratios = {}
-    for name in ("llama", "gpt2", "gemma3", "qwen3-moe", "lfm2"):
+    for name in ("llama", "gpt2", "gemma3", "mistral", "qwen3-moe", "lfm2", "falcon"):
         cost = cost_of(tiny_model(name), FullPrecision())
         for length, batch in ((64, 1), (200, 1), (400, 2)):
             workload = Workload(context_length=length, batch_size=batch)
-            foretold = max(cost.activation_bytes(workload).values()) + sum(cost.cache_bytes(workload))
+            foretold = max(cost.activation_bytes(workload).values())
+            foretold += sum(cost.kept_bytes(workload).values()) + sum(cost.cache_bytes(workload))
             real = peak_of_live_tensors(loaded(name, FullPrecision()), torch.full((batch, length), 7))
             ratios[name, length] = foretold / real
 
-    assert all(0.7 < ratio < 1.4 for ratio in ratios.values()), "\n".join(map(str, ratios.items()))
+    assert all(0.8 < ratio < 1.25 for ratio in ratios.values()), "\n".join(map(str, ratios.items()))
 
 
-def peak_of_live_tensors(model: Any, ids: Any) -> int:
-    """Bytes of the storages that exist at once during a forward, weights excluded."""
+def test_a_decode_step_takes_what_was_foretold(
+    tiny_model: Callable[[str], Path], loaded: Callable[[str, Precision], Any]
+) -> None:
+    import torch
+
+    ratios = {}
+    for name in ("llama", "gpt2", "gemma3", "mistral", "qwen3-moe"):
+        model = loaded(name, FullPrecision())
+        cost = cost_of(tiny_model(name), FullPrecision())
+        for length, batch in ((64, 1), (300, 2)):
+            workload = Workload(context_length=length, batch_size=batch)
+            foretold = max(cost.decode_bytes(workload).values()) + sum(cost.cache_bytes(workload))
+            with torch.no_grad():
+                cache = model(torch.full((batch, length - 2), 7), use_cache=True).past_key_values
+                model(torch.full((batch, 1), 7), use_cache=True, past_key_values=cache)
+            ratios[name, length] = foretold / peak_of_live_tensors(model, torch.full((batch, 1), 7), cache)
+
+    assert all(0.8 < ratio < 1.25 for ratio in ratios.values()), "\n".join(map(str, ratios.items()))
+
+
+def peak_of_live_tensors(model: Any, ids: Any, cache: Any = None) -> int:
+    """Bytes of the storages that exist at once during a forward, the cache that it goes on from among them."""
     import weakref
 
     import torch
@@ -167,22 +294,28 @@ def peak_of_live_tensors(model: Any, ids: Any) -> int:
     live: dict[int, int] = {}
     peak = 0
 
+    def keep(tensor: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in live and storage.data_ptr() not in mine:
+            live[key] = storage.nbytes()
+            weakref.finalize(storage, live.pop, key)
+
+    for tensor in tensors_with_a_batch(cache, set()):
+        keep(tensor)
+
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal peak
             result = func(*args, **(kwargs or {}))
             for tensor in tree_leaves(result):
                 if isinstance(tensor, torch.Tensor):
-                    storage = tensor.untyped_storage()
-                    key = storage._cdata
-                    if key not in live and storage.data_ptr() not in mine:
-                        live[key] = storage.nbytes()
-                        weakref.finalize(storage, live.pop, key)
+                    keep(tensor)
             peak = max(peak, sum(live.values()))
             return result
 
     with torch.no_grad(), Count():
-        model(ids, use_cache=True, logits_to_keep=1)
+        model(ids, use_cache=True, logits_to_keep=1, past_key_values=cache)
     return peak
 
 
@@ -195,13 +328,48 @@ def test_what_cannot_be_run_on_meta_is_unknown() -> None:
     assert measure_cost(no_language_model, ["0"], []) is None
 
 
+def test_a_forward_that_does_not_end_is_given_up() -> None:
+    import torch
+
+    class Endless(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(8, 4)
+
+        def forward(self, input_ids: Any, **_: Any) -> Any:
+            while True:
+                self.embedding(input_ids)
+
+    with torch.device("meta"):
+        endless = Endless()
+    start = time.monotonic()
+
+    assert measure_cost(endless, ["embedding"], []) is None
+    assert time.monotonic() - start < 3
+
+
+def test_a_curve_goes_through_its_points_and_bends_between_them() -> None:
+    curve = Curve(points=((10, 100), (20, 400), (40, 1600), (80, 1600)))
+
+    assert [curve.at(tokens) for tokens in (10, 20, 40, 80)] == [100, 400, 1600, 1600]
+    assert curve.at(15) == 225  # the first three are tokens squared
+    assert curve.at(30) == 900
+    assert curve.at(60) == 1600  # the parabola would overshoot
+    assert curve.at(5) == 0  # the line through the first two, and never below nothing
+    assert curve.at(100) == 1600
+    assert Curve(points=((10, 100), (20, 400))).at(30) == 700
+    assert curve.scaled(2).at(15) == 450
+
+
 def test_a_cost_scales_with_the_bytes_of_an_element() -> None:
-    cost = Cost(cache=((0, 2.0, 100), (40, 0.0, 40)), activations=(("a", 10.0, 3.0, 0.0),))
+    curve = Curve(points=((10, 40), (30, 100)))
+    cost = Cost(cache=((0, 2.0, 100), (40, 0.0, None)), prefill=(("a", curve),), kept=(("a", curve),))
     workload = Workload(context_length=20, batch_size=3)
 
     assert cost.cache_bytes(workload) == (120, 120)
     assert cost.cache_bytes(Workload(context_length=80)) == (100, 40)
-    assert cost.activation_bytes(workload) == {"a": 3 * 70}
+    assert cost.activation_bytes(workload) == cost.kept_bytes(workload) == {"a": 3 * 70}
+    assert cost.decode_bytes(workload) == {}
     assert cost.scaled(2).cache_bytes(workload) == (240, 240)
     assert cost.scaled(2).activation_bytes(workload) == {"a": 3 * 140}
 

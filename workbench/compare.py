@@ -67,7 +67,9 @@ def what_fits(
     if recipe.strategy == "custom":
         recipe = recipe.with_(strategy="auto", device_map=None)
     if precisions is None:
-        precisions = [p for p in _LADDER if p.package is None or importlib.util.find_spec(p.package) is not None]
+        quantized = skeleton.quantized_as is not None  # then it is what it is
+        ladder = (FullPrecision(),) if quantized else _LADDER
+        precisions = [p for p in ladder if p.package is None or importlib.util.find_spec(p.package) is not None]
     found = []
     for precision in precisions:
         placement = place(recipe.with_(precision=precision), machine=machine, skeleton=skeleton)

@@ -312,7 +312,7 @@ class _Job:
             after = perplexity(session.model, held_back, self._pause)
         self.tell("save", "saving")
         result = self.work / "result"
-        before_bytes = sum(session.load_report.measured_bytes.values())
+        before_bytes = sum(parameter.nbytes for parameter in session.model.parameters())
         report = QuantizeReport(
             folder=str(self.output),
             precision=self.precision,

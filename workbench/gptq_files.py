@@ -134,7 +134,12 @@ def _weights(folder: Path, ref: ModelRef) -> list[Path]:
 
 
 def _looks_packed(files: list[Path]) -> bool:
-    return bool(files) and files[0].suffix == _SAFE and any(n.endswith(".qweight") for n in _headers(files[:1]))
+    if not files or files[0].suffix != _SAFE:
+        return False
+    try:
+        return any(name.endswith(".qweight") for name in _headers(files[:1]))
+    except ValueError:  # reported when the weights are to be read: a damaged model can be previewed
+        return False
 
 
 def _headers(files: list[Path]) -> _Headers:

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from workbench.gptq_layers import quantizable_modules
 from workbench.hardware import format_bytes
 
 if TYPE_CHECKING:
@@ -79,15 +80,23 @@ def write_folder(
 
 
 def _state(model: Any, quantized: set[str], layer_files: list[Path]) -> dict[str, Any]:
-    """Every tensor of the new checkpoint; what accelerate keeps elsewhere is fetched, what is tied comes once."""
-    from accelerate.utils.modeling import get_state_dict_offloaded_model
+    """Every tensor of the new checkpoint."""
     from safetensors.torch import load_file
 
-    offloaded = any(tensor.is_meta for tensor in model.state_dict().values())
-    state = get_state_dict_offloaded_model(model) if offloaded else model.state_dict()
+    state = gathered_state(model)
     state = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in quantized}
     for file in layer_files:
         state |= load_file(file)
+    return state
+
+
+def gathered_state(model: Any) -> dict[str, Any]:
+    """A model's state dict, with what accelerate keeps elsewhere in its place."""
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    state: dict[str, Any] = model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        state = get_state_dict_offloaded_model(model)
     return state
 
 
@@ -106,6 +115,18 @@ def _skipped(skeleton: Skeleton, report: QuantizeReport) -> list[str]:
     done = {m.name for m in report.modules}
     inside = tuple(f"{block}." for block in skeleton.decoder_blocks)
     return [name for name in skeleton.linear_modules if name.startswith(inside) and name not in done]
+
+
+def planned_config(precision: GPTQ, skeleton: Skeleton) -> dict[str, Any]:
+    """What config.json will say of a model that has yet to be quantized.
+
+    Raises:
+        ValueError: If it cannot be quantized so; the sentence names the module.
+    """
+    quantized = {name for names in quantizable_modules(skeleton, precision).values() for name in names}
+    inside = tuple(f"{block}." for block in skeleton.decoder_blocks)
+    skipped = [name for name in skeleton.linear_modules if name.startswith(inside) and name not in quantized]
+    return quantization_config(precision, skeleton, quantized, skipped)
 
 
 def quantization_config(precision: GPTQ, skeleton: Skeleton, quantized: set[str], skipped: list[str]) -> dict[str, Any]:

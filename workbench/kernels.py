@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from workbench.hardware import DeviceId
     from workbench.precision import GPTQ
 
-_TOLERANCE = 0.02  # relative; float16 and bfloat16 are off by less than 0.006, a wrong kernel by 0.3 and more
+_TOLERANCE = 0.02  # relative; a wrong kernel is off by 0.3 and more, the coarsest right one by 0.008
+# What rounding to the model's own type costs, with room: a kernel that is further off computes in a coarser one.
+_ROUNDING = {"bfloat16": 0.004, "float16": 0.001, "float32": 0.001}
 _LIBRARY_NAMES = {name: f"gptq_{name}" for name in ("torch", "torch_fused", "torch_aten", "torch_int8", "triton")} | {
     name: f"gptq_{name}" for name in ("exllama_v2", "marlin", "machete", "bitblas")
 }
@@ -65,10 +67,33 @@ def import_gptqmodel() -> Any:
 
 @contextlib.contextmanager
 def quiet_optimum() -> Iterator[None]:
-    """Hold back the warnings that optimum sets off by touching every attribute of the tree that it changes."""
+    """Hold back warnings that optimum and gptqmodel set off, such as by touching every attribute of a model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
+        # gptqmodel leaves a folder for things that it does not offload here.
+        warnings.filterwarnings("ignore", message="Implicitly cleaning up", category=ResourceWarning)
         yield
+
+
+@contextlib.contextmanager
+def spared_from_initialization(model_class: Any) -> Iterator[None]:
+    """Keep a model class (GPT-2's, for one) from initializing the weights of quantized modules, which have none.
+
+    Args:
+        model_class: A ``transformers`` class, about to be loaded.
+    """
+    owner = next(cls for cls in model_class.__mro__ if "_init_weights" in vars(cls))  # the models inside inherit it too
+    original = vars(owner)["_init_weights"]
+
+    def initialize(model: Any, module: Any) -> None:
+        if not any(hasattr(child, "qweight") for child in (module, *module.children())):
+            original(model, module)
+
+    owner._init_weights = initialize  # noqa: SLF001 - transformers' own hook for it
+    try:
+        yield
+    finally:
+        owner._init_weights = original  # noqa: SLF001 - likewise
 
 
 @contextlib.contextmanager
@@ -97,6 +122,7 @@ class Backend:
         usable: Whether it can be chosen here.
         reason: Why not, or what it is, as a sentence.
         error: How far it was from the plain product, relatively; None where it was not tried.
+        coarse: Whether it computes in a coarser type than the model, so that ``"auto"`` passes it over.
     """
 
     name: str
@@ -104,6 +130,7 @@ class Backend:
     usable: bool
     reason: str
     error: float | None = None
+    coarse: bool = False
 
 
 def backends(
@@ -127,8 +154,7 @@ def backends(
         One entry for each choice, ``"auto"`` first and the others from fast to slow as gptqmodel ranks them.
     """
     found = tuple(_tried(precision, tuple(dict.fromkeys(shapes)), tuple(dict.fromkeys(devices)), dtype, check=check))
-    # int8 rounds the weights once more: nobody gets that without asking for it.
-    first = next((b for b in found if b.usable and b.name != "torch_int8"), None)
+    first = next((b for b in found if b.usable and not b.coarse), None)
     auto = Backend(
         name="auto",
         kernel=None if first is None else first.kernel,
@@ -162,12 +188,19 @@ def _tried(
                     f"{kernel.__name__} multiplies WRONG here: {error:.1%} from the plain product with "
                     f"{_describe(precision)}."
                 )
+        coarse = error is not None and _ROUNDING.get(dtype, 0.001) < error <= _TOLERANCE
+        if kernel is not None and coarse:
+            reason = (
+                f"{kernel.__name__} computes more coarsely than {dtype}, {error:.2%} from the plain product: only "
+                f"with backend={name!r}."
+            )
         yield Backend(
             name=name,
             kernel=None if kernel is None else kernel.__name__,
             usable=kernel is not None and (error is None or error <= _TOLERANCE),
             reason=reason,
             error=error,
+            coarse=coarse,
         )
 
 
@@ -193,15 +226,29 @@ def choose_backend(
     shapes, devices = tuple(dict.fromkeys(shapes)), tuple(dict.fromkeys(devices))
     for backend in _tried(precision, shapes, devices, dtype, only=precision.backend):
         tried.append(backend)
-        if precision.backend != "auto" or (backend.usable and backend.name != "torch_int8"):
+        if precision.backend != "auto" or (backend.usable and not backend.coarse):
             chosen = backend
             break
     if chosen is None or not chosen.usable:
         reason = "no kernel here is right." if chosen is None else chosen.reason
         raise ValueError(f"backend={precision.backend!r} cannot be used: {reason} Take backend='auto' or 'torch'.")
-    wrong = tuple(b.reason + " It is not used." for b in tried if b.error is not None and b.error > _TOLERANCE)
+    passed = (b for b in tried if b is not chosen and b.error is not None)
+    wrong = tuple(b.reason if b.coarse else b.reason + " It is not used." for b in passed)
     error = "" if chosen.error is None else f", {chosen.error:.2%} from the plain product"
     return _LIBRARY_NAMES[chosen.name], (f"Kernel: {chosen.kernel} ({chosen.name}){error}.", *wrong)
+
+
+def settle_kernels(model: Any) -> None:
+    """Undo what gptqmodel's plain kernel does to itself: a compilation for each module.
+
+    torch gives up after eight of them, having taken a second for each, and says so at length.
+
+    Args:
+        model: With quantized modules, just loaded.
+    """
+    for module in model.modules():
+        if hasattr(module, "qweight"):
+            vars(module).pop("dequantize_weight", None)
 
 
 def library_backend(name: str) -> str:
@@ -321,6 +368,7 @@ def _relative_error(
             holder.to(device).eval()
             holder, _ = hf_convert_gptq_v1_to_v2_format(holder, precision.bits, kernel, precision.format, None)
             holder = hf_gptqmodel_post_init(holder, use_act_order=precision.desc_act)
+            settle_kernels(holder)
             generator = torch.Generator().manual_seed(1)
             for name, weight in plain.items():
                 for tokens in (1, 33):  # some have a path of their own for single tokens

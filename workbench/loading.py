@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.hardware import Machine, format_bytes
-from workbench.kernels import choose_backend, quiet_optimum
+from workbench.kernels import choose_backend, quiet_optimum, settle_kernels, spared_from_initialization
 from workbench.model import check_weights, read_config, refuses_unknown
 from workbench.offload import attach as attach_offload
 from workbench.placement import Placement, place
-from workbench.precision import GPTQ, stated_gptq
+from workbench.precision import GPTQ
 from workbench.session import Cancelled, LoadReport, Progress, Session, give_back, in_worker
 from workbench.sizes import measure_weights
 from workbench.skeleton import Skeleton, read_skeleton, turn
@@ -77,8 +77,10 @@ def _load(
     if machine is not None and machine.name != here.name:
         raise ValueError(f"The preview is for {machine.name!r}, not for this machine: pick 'This machine' to load.")
     skeleton = read_skeleton(recipe.model)
-    stated = stated_gptq(skeleton.config, recipe.precision)
-    if isinstance(recipe.precision, GPTQ) and stated is None:
+    stated = skeleton.stored if isinstance(skeleton.stored, GPTQ) else None
+    if stated is not None and isinstance(recipe.precision, GPTQ):
+        stated = replace(stated, backend=recipe.precision.backend)  # the rest is as it was made
+    if isinstance(recipe.precision, GPTQ) and skeleton.quantized_as is None:
         raise ValueError(
             f"{skeleton.source.title} is not quantized, and GPTQ is not done while loading: quantize it first with "
             "workbench.quantize(recipe, output_dir), then load that folder."
@@ -101,8 +103,13 @@ def _load(
             config = None
             if stated is not None:
                 config, kernel = _with_kernel(stated, skeleton, placement)
-            with contextlib.nullcontext() if stated is None else quiet_optimum():
+            with contextlib.ExitStack() as around:
+                if stated is not None:
+                    around.enter_context(quiet_optimum())
+                    around.enter_context(spared_from_initialization(skeleton.model_class))
                 model, info = _from_pretrained(placement, skeleton, folder, _download_bar(progress, cancel), config)
+            if stated is not None:
+                settle_kernels(model)
         _check_cancelled(cancel)
         progress(Progress(stage="check", done=0, total=None, text="checking the tensors against the preview"))
         tokenizer = read_tokenizer(skeleton)
@@ -227,13 +234,14 @@ def _from_pretrained(
         "use_safetensors": None if source.allow_pickle else True,
         "dtype": getattr(torch, placement.dtype),
         "device_map": dict(placement.device_map),
-        "quantization_config": None if config is not None else placement.recipe.precision.to_config(placement.dtype),
         "offload_folder": offload_folder,
         "offload_buffers": placement.recipe.offload_buffers,
         "output_loading_info": True,
     }
     if config is not None:
         options["config"] = config
+    elif skeleton.quantized_as is None:  # a None here would hide what a quantized checkpoint says of itself
+        options["quantization_config"] = placement.recipe.precision.to_config(placement.dtype)
     if not source.is_local:
         options["tqdm_class"] = download_bar
     try:

@@ -215,6 +215,11 @@ def find_model(ref: ModelRef | str) -> Source:
 def _find_folder(folder: Path, ref: ModelRef, title: str | None = None, licence: str | None = None) -> Source:
     config = folder / "config.json"
     if not config.is_file():
+        if any(folder.glob("*.gguf")):
+            raise ValueError(
+                f"{folder} holds a GGUF file and no config.json: write it out once with transformers "
+                "(AutoModelForCausalLM.from_pretrained(folder, gguf_file=...), then save_pretrained), and name that."
+            )
         raise ValueError(f"{folder} holds no config.json: name the folder that save_pretrained wrote.")
     from workbench.gptq_files import staged_folder
 

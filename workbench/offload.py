@@ -35,7 +35,7 @@ OffloadKind = Literal["workbench", "accelerate"]
 
 _CHUNK_BYTES = 4 * 2**20  # what a thread reads at once; larger gains nothing, and a stop waits for one of them
 _LOOK_AHEAD_BYTES = 2**30  # no disk needs to be asked earlier
-_LEAST_AHEAD_BYTES = 16 * 2**20  # below, a disk's queue runs dry between two layers
+_LEAST_AHEAD_BYTES = 8 * 2**20  # below, a disk's queue runs dry between two layers
 _HUGE_RELEASE_SECONDS_PER_BYTE = 5e-12  # letting go of small pages takes five times as long, of huge ones a hundredth
 _HUGE_UNIT_BYTES = 4 * 2**20  # from this size on, rounding a layer to huge pages costs little
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -113,19 +113,19 @@ class _Unit:
     chosen: set[tuple[int, int]] = field(default_factory=set)  # expert slices that were read
 
     def measure(self, granule: int) -> None:
-        self.dense = _merge(self.dense, granule)
-        self.sparse = _merge(self.sparse, 1)
+        """Work out what it takes in memory, where pages of one size are mapped as a whole."""
+        self.dense, self.sparse = _merge(self.dense), _merge(self.sparse)
         self.chunks = [
             Chunk(owner=self, file=file, start=max(start, at), end=min(end, at + _CHUNK_BYTES))
             for file, start, end in self.dense
             for at in range(start - start % _CHUNK_BYTES, end, _CHUNK_BYTES)
         ]
         self.dense_bytes = sum(end - start for _, start, end in self.dense)
-        self.full_bytes = self.dense_bytes + sum(end - start for _, start, end in self.sparse)
+        self.full_bytes = _rounded_bytes(self.dense, granule) + _rounded_bytes(self.sparse, MappedFile.page_bytes)
         self.files = tuple({file for file, _, _ in (*self.dense, *self.sparse)})
 
 
-def _merge(ranges: list[_Range], granule: int) -> list[_Range]:
+def _merge(ranges: list[_Range], granule: int = MappedFile.page_bytes) -> list[_Range]:
     """Round ranges outwards to whole pages and join those that touch."""
     merged: list[_Range] = []
     for file, start, end in sorted(ranges, key=lambda r: (r[0].path, r[1])):
@@ -135,6 +135,10 @@ def _merge(ranges: list[_Range], granule: int) -> list[_Range]:
         else:
             merged.append((file, low, high))
     return merged
+
+
+def _rounded_bytes(ranges: list[_Range], granule: int) -> int:
+    return sum(end - start for _, start, end in _merge(ranges, granule))
 
 
 class Offload:
@@ -176,7 +180,7 @@ class Offload:
         self.room_bytes = _room_bytes(placement)
         units = self._cut(model, tensors, lambda owner: nearest_block(owner, blocks))
         sizes = [unit.full_bytes for unit in units]
-        if self.room_bytes < min(sum(sizes), 2 * max(sizes) + _LEAST_AHEAD_BYTES):  # too tight for whole layers
+        if self.room_bytes < min(sum(sizes), 2 * max(sizes)):  # too tight for whole layers
             units = self._cut(model, tensors, lambda owner: owner)
         self._lay_out(units)
         self._units = units
@@ -250,8 +254,7 @@ class Offload:
         Spread over the model, so that the disk works while those that stay compute.
         """
         granule = MappedFile.huge_page_bytes if self._huge else MappedFile.page_bytes
-        everything = _merge([place for u in units for place in (*u.dense, *u.sparse)], granule)
-        total = sum(end - start for _, start, end in everything)
+        total = _rounded_bytes([place for u in units for place in (*u.dense, *u.sparse)], granule)
         if total <= self.room_bytes:
             for unit in units:
                 unit.kept = True

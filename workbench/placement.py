@@ -18,7 +18,7 @@ from workbench.hardware import DeviceId, Machine
 from workbench.model import refuses_unknown
 from workbench.packed import pack_model
 from workbench.precision import FourBit, FullPrecision, Int8
-from workbench.sizes import Sizes, device_of, sizes_of
+from workbench.sizes import Sizes, device_of, sizes_of, stored_element_sizes
 from workbench.skeleton import Block, MetaModel, Skeleton, read_skeleton, turn
 from workbench.verdict import Advice, advise, judge
 from workbench.verdict import longest_context as _search_context
@@ -101,6 +101,7 @@ class Placement:
         advice: What to do about it, sentences with numbers that can be applied; may be empty, None if not asked for.
         unplaced: Modules for which no device that was offered has room.
         dtype: What the unquantized weights are kept in.
+        precision: In which the weights are: the recipe's, or that of a checkpoint that is quantized already.
         total_bytes: Bytes of all weights after the load.
         kv_cache_bytes: The whole KV cache; None while unknown.
         machine: The machine that it was computed for.
@@ -115,6 +116,7 @@ class Placement:
     advice: tuple[Advice, ...] | None
     unplaced: tuple[str, ...]
     dtype: str
+    precision: Precision
     total_bytes: int
     kv_cache_bytes: int | None
     machine: Machine = field(repr=False)
@@ -223,6 +225,7 @@ def attempts(precision: Precision, machine: Machine, skeleton: Skeleton, *, meas
             advice=None,
             unplaced=tuple(name for name, device in planned.items() if device not in budgets),
             dtype=meta.dtype,
+            precision=skeleton.stored or tried.precision,
             total_bytes=0,
             kv_cache_bytes=None,
             machine=machine,
@@ -245,7 +248,7 @@ def _map(
     if recipe.strategy == "packed":
         return pack_model(recipe, machine=machine, budgets=budgets, skeleton=skeleton, sizes=sizes, cost=cost)
     if recipe.strategy != "custom":
-        return _plan(recipe, skeleton.meta_model(recipe.precision), budgets)
+        return _plan(recipe, skeleton, budgets)
     device_map = recipe.device_map or {}
     _check_custom_map(recipe, budgets, skeleton, sizes)
     return device_map
@@ -342,12 +345,15 @@ _costs: weakref.WeakKeyDictionary[MetaModel, Cost | None] = weakref.WeakKeyDicti
 class _ElementSizes:
     """Answers the planner's one question to a quantizer from memory: it asks for every tensor, several times a plan."""
 
-    def __init__(self, meta: MetaModel) -> None:
+    def __init__(self, skeleton: Skeleton, meta: MetaModel) -> None:
+        self._sizes: dict[int, float]
         tensors = (*meta.module.named_parameters(), *meta.module.named_buffers())
         quantizer: Any = meta.quantizer
-        self._sizes: dict[int, float] = {
-            id(t): quantizer.param_element_size(meta.module, name, t) for name, t in tensors
-        }
+        if quantizer is None:
+            sizes = stored_element_sizes(skeleton, meta)
+            self._sizes = {id(t): sizes.get(name, t.element_size()) for name, t in tensors}
+        else:
+            self._sizes = {id(t): quantizer.param_element_size(meta.module, name, t) for name, t in tensors}
 
     def param_element_size(self, model: Any, param_name: str, param: Any) -> float:  # noqa: ARG002 - as it is called
         return self._sizes[id(param)]
@@ -356,18 +362,19 @@ class _ElementSizes:
 _all_element_sizes: weakref.WeakKeyDictionary[MetaModel, _ElementSizes] = weakref.WeakKeyDictionary()
 
 
-def _element_sizes(meta: MetaModel) -> _ElementSizes:
+def _element_sizes(skeleton: Skeleton, meta: MetaModel) -> _ElementSizes:
     if meta not in _all_element_sizes:
-        _all_element_sizes[meta] = _ElementSizes(meta)
+        _all_element_sizes[meta] = _ElementSizes(skeleton, meta)
     return _all_element_sizes[meta]
 
 
-def _plan(recipe: Recipe, meta: MetaModel, budgets: Mapping[DeviceId, int]) -> dict[str, DeviceId]:
+def _plan(recipe: Recipe, skeleton: Skeleton, budgets: Mapping[DeviceId, int]) -> dict[str, DeviceId]:
     """What ``from_pretrained(device_map=strategy, max_memory=budgets)`` computes; "disk" where nothing has room."""
     from transformers.integrations import accelerate as planner
 
+    meta = skeleton.meta_model(recipe.precision)
     strategy, module, quantizer = recipe.strategy, meta.module, meta.quantizer
-    sizes = None if quantizer is None else _element_sizes(meta)
+    sizes = None if quantizer is None and not meta.stored else _element_sizes(skeleton, meta)
     no_split: Any = module._no_split_modules  # noqa: SLF001 - see the module's docstring
     if recipe.no_split_module_classes is not None:
         no_split = set(recipe.no_split_module_classes)
@@ -386,7 +393,7 @@ def _plan(recipe: Recipe, meta: MetaModel, budgets: Mapping[DeviceId, int]) -> d
             if quantizer is not None:
                 memory = quantizer.adjust_max_memory(memory)
             if recipe.fallback_allocation:
-                return _plan_with_fallback(meta, memory, no_split, offload_buffers=recipe.offload_buffers)
+                return _plan_with_fallback(meta, sizes, memory, no_split, offload_buffers=recipe.offload_buffers)
             return dict(
                 planner.infer_auto_device_map(
                     module,
@@ -409,17 +416,22 @@ def _plan(recipe: Recipe, meta: MetaModel, budgets: Mapping[DeviceId, int]) -> d
 
 
 def _plan_with_fallback(
-    meta: MetaModel, memory: dict[DeviceId, int], no_split: Any, *, offload_buffers: bool
+    meta: MetaModel,
+    sizes: _ElementSizes | None,
+    memory: dict[DeviceId, int],
+    no_split: Any,
+    *,
+    offload_buffers: bool,
 ) -> dict[str, DeviceId]:
     """Accelerate's planner, which transformers' was made from and which alone can fall back to another module."""
     import torch
     from accelerate.utils import CustomDtype, infer_auto_device_map
 
     special: dict[str, Any] = {}
-    if meta.quantizer is not None:
+    if sizes is not None:
         smaller = {0.5: CustomDtype.INT4, 1: torch.int8}
         for name, tensor in meta.module.named_parameters():
-            size = _element_sizes(meta).param_element_size(meta.module, name, tensor)
+            size = sizes.param_element_size(meta.module, name, tensor)
             if size < tensor.element_size():
                 special[name] = smaller.get(size, torch.int8)
     return dict(
@@ -452,8 +464,7 @@ def _without_warnings_about_absent_devices() -> Iterator[None]:
 
 def _cost(skeleton: Skeleton, precision: Precision, *, measure: bool) -> Cost | None:
     """Cache and activations of a model in the dtype that it computes in, measured once."""
-    full = precision if isinstance(precision, FullPrecision) else FullPrecision()
-    meta = skeleton.meta_model(full)
+    meta = skeleton.plain_model(precision.dtype if isinstance(precision, FullPrecision) else "auto")
     if meta not in _costs and measure:
         with turn.build():
             names = [block.name for block in skeleton.blocks]
@@ -461,7 +472,7 @@ def _cost(skeleton: Skeleton, precision: Precision, *, measure: bool) -> Cost | 
             cost = measure_cost(meta.module, names, skeleton.decoder_blocks, context_length=longest)
             if cost is None and meta.dtype != "bfloat16":
                 # Some kernels (grouped experts) exist on meta for bfloat16 alone; only the bytes an element differ.
-                other = skeleton.meta_model(FullPrecision(dtype="bfloat16"))
+                other = skeleton.plain_model("bfloat16")
                 cost = measure_cost(other.module, names, skeleton.decoder_blocks, context_length=longest)
                 cost = cost and cost.scaled(2 if meta.dtype == "float32" else 1)
             _costs[meta] = cost

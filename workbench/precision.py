@@ -369,34 +369,6 @@ Precision = FullPrecision | Int8 | FourBit | GPTQ
 PRECISIONS: dict[str, type[Precision]] = {cls.method: cls for cls in (FullPrecision, Int8, FourBit, GPTQ)}
 
 
-def stated_gptq(config: Any, asked: Precision) -> GPTQ | None:
-    """How a model is quantized already, if it is.
-
-    Args:
-        config: The model's ``transformers`` config.
-        asked: The recipe's precision; of a GPTQ only its ``backend`` counts for a model that is quantized already.
-
-    Returns:
-        What its config says, with the backend that was asked for; None if it is not quantized.
-
-    Raises:
-        ValueError: If it is quantized by another method than GPTQ, or another precision was asked for.
-    """
-    stated = getattr(config, "quantization_config", None)
-    if stated is None:
-        return None
-    precision = GPTQ.from_config(
-        stated if isinstance(stated, dict) else stated.to_dict(),
-        backend=asked.backend if isinstance(asked, GPTQ) else "auto",
-    )
-    if isinstance(asked, (Int8, FourBit)):
-        raise ValueError(  # noqa: TRY004 - one kind of error for bad input
-            f"This model is quantized already ({precision.label}), so it cannot be loaded in {asked.label}: pick full "
-            "precision, which keeps it as it is, or the original model."
-        )
-    return precision
-
-
 def precision_to_dict(precision: Precision) -> dict[str, Any]:
     """Plain data for a recipe's JSON: the method and its options."""
     options = {field.name: getattr(precision, field.name) for field in fields(precision)}

@@ -128,7 +128,7 @@ def _sentence(placement: Placement, layer: Layer, device: DeviceId, short_bytes:
     largest = max(each.bytes_after for each in placement.layers)
     if device == next(iter(placement.memory)) and offers and device not in offers:
         kept.append(f"room for the largest layer that may wait ({format_bytes(largest)}) is kept")
-    if isinstance(recipe.precision, (Int8, FourBit)) and recipe.strategy != "packed":
+    if isinstance(placement.precision, (Int8, FourBit)) and recipe.strategy != "packed":
         kept.append("transformers keeps a tenth free under bitsandbytes")
     text = (
         f"{device_label(device)} is short by {format_bytes(short_bytes)}: of its {format_bytes(memory.limit_bytes)}, "

@@ -10,6 +10,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from workbench.checkpoint import owner_of
 from workbench.precision import FourBit, FullPrecision, Int8
 
 if TYPE_CHECKING:
@@ -90,7 +91,151 @@ def sizes_of(skeleton: Skeleton, precision: Precision) -> Sizes:
 
 
 def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
-    before = _unquantized_bytes(skeleton.meta_model(FullPrecision()))
+    if meta.stored:
+        tensors = _as_stored(skeleton, meta)
+    elif meta.prequantized:
+        tensors = _as_packed(skeleton, meta)
+    else:
+        tensors = _as_quantized(skeleton, meta, precision)
+    names = {block.name for block in skeleton.blocks}
+    block_of = {t.name: nearest(t.name, names) or skeleton.blocks[0].name for t in tensors}
+    grouped: dict[str, list[TensorSize]] = {block.name: [] for block in skeleton.blocks}
+    for t in tensors:
+        grouped[block_of[t.name]].append(t)
+    blocks = {name: _piece(name, group) for name, group in grouped.items()}
+    # transformers' own maps name a shared module by each of its names, and single parameters that hang on inner nodes.
+    modules = frozenset(name for name, _ in meta.module.named_modules(remove_duplicate=False)) | {
+        name for name, _ in meta.module.named_parameters(remove_duplicate=False)
+    }
+    return Sizes(tensors=tuple(tensors), block_of=block_of, blocks=blocks, module_names=modules)
+
+
+def _as_packed(skeleton: Skeleton, meta: MetaModel) -> list[TensorSize]:
+    """The tensors of a tree whose modules are those of a quantized checkpoint already."""
+    before = _unquantized_bytes(skeleton.plain_model())
+    kept = _unquantized_bytes(meta)
+    saved = meta.module.state_dict().keys()
+    tensors = []
+    for name, tensor in _named_tensors(meta.module):
+        if name in skeleton.tied:
+            continue
+        owner, _, last = name.rpartition(".")
+        child = meta.module.get_submodule(owner)
+        is_bitsandbytes = last == "weight" and type(child).__name__ in ("Linear4bit", "Linear8bitLt")
+        after = kept[name]
+        if is_bitsandbytes and isinstance(skeleton.stored, (Int8, FourBit)):
+            after = skeleton.stored.quantized_bytes((child.out_features, child.in_features))
+        whole = before.get(name, before.get(f"{owner}.weight", 0) if last == "qweight" else 0)
+        is_buffer = not _is_parameter(tensor)
+        tensors.append(
+            TensorSize(
+                name=name,
+                before_bytes=whole,
+                after_bytes=after,
+                kept_bytes=after,  # what is quantized in the checkpoint is so on every device
+                upcast_bytes=0 if is_bitsandbytes else after - tensor.numel() * tensor.element_size(),
+                is_buffer=is_buffer,
+                is_saved=not is_buffer or name in saved,
+                quantized=is_bitsandbytes or (name not in before and name in saved),
+            )
+        )
+    tensors += [
+        _made_later(f"{name}.{table}", tensor)
+        for name, child in meta.module.named_modules()
+        for table, tensor in _kernel_tables(child)
+    ]
+    return tensors
+
+
+def _kernel_tables(module: Any) -> list[tuple[str, Any]]:
+    """What one of gptqmodel's kernels makes for itself after the weights are read.
+
+    It is made, looked at and taken away again: transformers plans before it is there.
+    """
+    make = getattr(module, "_init_wf_unsqueeze_buffers", None)
+    if make is None:
+        return []
+    there = set(module._buffers)  # noqa: SLF001 - there is no public way to take a buffer away
+    make()
+    return [(name, module._buffers.pop(name)) for name in list(module._buffers) if name not in there]  # noqa: SLF001 - likewise
+
+
+def _made_later(name: str, tensor: Any) -> TensorSize:
+    """A buffer that no checkpoint holds."""
+    size = tensor.numel() * tensor.element_size()
+    return TensorSize(
+        name=name,
+        before_bytes=size,
+        after_bytes=size,
+        kept_bytes=size,
+        upcast_bytes=0,
+        is_buffer=True,
+        is_saved=False,
+        quantized=False,
+    )
+
+
+def _as_stored(skeleton: Skeleton, meta: MetaModel) -> list[TensorSize]:
+    """The tensors of the checkpoint's files, and the buffers that no checkpoint holds."""
+    before = _unquantized_bytes(meta)
+    left = dict(before)
+    found = []
+    for tensor in meta.stored:
+        if tensor.name in skeleton.tied:
+            continue
+        weight = f"{owner_of(tensor.name)}.weight"
+        whole = left.pop(tensor.name, None) or left.pop(weight, 0)
+        found.append((tensor, whole))
+    tensors = [
+        TensorSize(
+            name=tensor.name,
+            before_bytes=whole,
+            after_bytes=tensor.size_bytes,
+            kept_bytes=tensor.size_bytes,
+            upcast_bytes=0,
+            is_buffer=False,
+            is_saved=True,
+            quantized=tensor.name not in before or tensor.dtype not in ("BF16", "F16", "F32"),
+        )
+        for tensor, whole in found
+    ]
+    saved = meta.module.state_dict().keys()
+    return tensors + [_made_later(name, tensor) for name, tensor in meta.module.named_buffers() if name not in saved]
+
+
+def stored_element_sizes(skeleton: Skeleton, meta: MetaModel) -> dict[str, float]:
+    """Bytes an element of each parameter, by what a quantized checkpoint's files hold: for planning.
+
+    What a method adds to a weight counts with it; what cannot be told apart (experts that are fused when they are
+    loaded) is spread over the block's other parameters.
+    """
+    sizes = sizes_of(skeleton, FullPrecision())
+    parameters = dict(meta.module.named_parameters())
+    held: dict[str, int] = {}
+    loose: dict[str, int] = {}
+    for tensor in sizes.tensors:
+        names = (tensor.name, f"{owner_of(tensor.name)}.weight")
+        known = next((name for name in names if name in parameters), None)
+        if known is not None:
+            held[known] = held.get(known, 0) + tensor.after_bytes
+        elif not tensor.is_buffer:
+            home = sizes.block_of[tensor.name]
+            loose[home] = loose.get(home, 0) + tensor.after_bytes
+    others: dict[str | None, list[str]] = {}
+    for name in parameters:
+        if name not in held:
+            others.setdefault(sizes.block_named(name), []).append(name)
+    for block, size in loose.items():
+        names_left = others.get(block, [])
+        elements = sum(parameters[name].numel() for name in names_left)
+        for name in names_left:
+            held[name] = round(size * parameters[name].numel() / max(1, elements))
+    return {name: held.get(name, 0) / max(1, p.numel()) for name, p in parameters.items()}
+
+
+def _as_quantized(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> list[TensorSize]:
+    """The tensors of a tree that is quantized while it is loaded, or not at all."""
+    before = _unquantized_bytes(skeleton.plain_model())
     unquantized = _unquantized_bytes(meta)
     split = _split_from(meta) if meta.quantizer is not None else {}
     saved = meta.module.state_dict().keys()
@@ -119,17 +264,7 @@ def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
                 quantized=quantized,
             )
         )
-    names = {block.name for block in skeleton.blocks}
-    block_of = {t.name: nearest(t.name, names) or skeleton.blocks[0].name for t in tensors}
-    grouped: dict[str, list[TensorSize]] = {block.name: [] for block in skeleton.blocks}
-    for t in tensors:
-        grouped[block_of[t.name]].append(t)
-    blocks = {name: _piece(name, group) for name, group in grouped.items()}
-    # transformers' own maps name a shared module by each of its names, and single parameters that hang on inner nodes.
-    modules = frozenset(name for name, _ in meta.module.named_modules(remove_duplicate=False)) | {
-        name for name, _ in meta.module.named_parameters(remove_duplicate=False)
-    }
-    return Sizes(tensors=tuple(tensors), block_of=block_of, blocks=blocks, module_names=modules)
+    return tensors
 
 
 def _piece(name: str, tensors: list[TensorSize]) -> Piece:
@@ -217,7 +352,7 @@ _totals: weakref.WeakKeyDictionary[Skeleton, dict[Precision, int]] = weakref.Wea
 
 def smaller_precisions(skeleton: Skeleton, current: Precision) -> list[tuple[Precision, int]]:
     """Total weight bytes under the precisions that are smaller than the current one, from the shapes alone."""
-    if isinstance(current, FourBit):
+    if isinstance(current, FourBit) or skeleton.quantized_as is not None:
         return []
     if skeleton not in _totals:
         _totals[skeleton] = {precision: _quantized_total(skeleton, precision) for precision in (Int8(), FourBit())}
@@ -228,7 +363,7 @@ def smaller_precisions(skeleton: Skeleton, current: Precision) -> list[tuple[Pre
 def _quantized_total(skeleton: Skeleton, precision: Int8 | FourBit) -> int:
     from transformers.pytorch_utils import Conv1D
 
-    module = skeleton.meta_model(FullPrecision()).module
+    module = skeleton.plain_model().module
     convertible = {}
     for name in skeleton.linear_modules:
         if name not in skeleton.default_skips:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import threading
 from collections import OrderedDict
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from workbench import checkpoint
 from workbench.model import ModelRef, Source, find_model, read_config
+from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from workbench.checkpoint import StoredTensor
     from workbench.precision import Precision
 
 _K = TypeVar("_K")
@@ -121,6 +125,8 @@ class Skeleton:
         default_skips: The modules that transformers leaves alone by itself (the head, tied weights).
         tied: Name of a tied parameter to the name of the one that holds the data.
         no_split_classes: Module classes that must stay on one device.
+        quantized_as: How the checkpoint is quantized already, in words ("GPTQ 4-bit, groups of 128"), or None.
+        stored: The same as one of our precisions; None for other methods.
         is_encoder_decoder: Whether it reads a prompt with an encoder and writes with a decoder (T5, BART): loaded with
             ``AutoModelForSeq2SeqLM`` in place of ``AutoModelForCausalLM``.
         config: The ``transformers`` config. Do not change it.
@@ -140,6 +146,8 @@ class Skeleton:
     default_skips: tuple[str, ...]
     tied: dict[str, str]
     no_split_classes: frozenset[str]
+    quantized_as: str | None
+    stored: Precision | None
     is_encoder_decoder: bool
     config: Any = field(repr=False)
     model_class: Any = field(repr=False)
@@ -154,18 +162,45 @@ class Skeleton:
         """The module tree that ``from_pretrained`` would fill for a precision; built once for each.
 
         Raises:
-            ValueError: If the precision's library is missing.
+            ValueError: If the precision's library is missing, or the checkpoint is quantized already in another way.
         """
+        if self.quantized_as is not None:
+            refused = isinstance(precision, (Int8, FourBit)) or (
+                isinstance(precision, GPTQ) and not isinstance(self.stored, GPTQ)
+            )
+            if refused:
+                raise ValueError(
+                    f"{self.source.title} is quantized already ({self.quantized_as}), so it cannot be loaded as "
+                    f"{precision.label}: pick full precision, which keeps it as it is, or the original model."
+                )
+            precision = FullPrecision()
         return _kept(self._variants, precision, lambda: _build(self, precision))
+
+    def plain_model(self, dtype: str = "auto") -> MetaModel:
+        """The module tree without any quantization, in the model's own or another dtype; built once for each."""
+        if self.quantized_as is None:
+            return self.meta_model(FullPrecision(dtype=dtype))
+        own = self.dtype if dtype == "auto" else dtype
+        return _kept(self._variants, f"plain {own}", lambda: _build_meta(self.model_class, self.config, own))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MetaModel:
-    """A module tree on the ``meta`` device, with the quantizer that changed it (None in full precision)."""
+    """A module tree on the ``meta`` device, with the quantizer that changed it (None in full precision).
+
+    Attributes:
+        module: The model.
+        quantizer: As transformers has it.
+        dtype: Of what is not quantized.
+        prequantized: Whether its quantized weights have their packed shapes already.
+        stored: The checkpoint's tensors, where its method is none that could be built here.
+    """
 
     module: Any
     quantizer: Any | None
     dtype: str
+    prequantized: bool = False
+    stored: tuple[StoredTensor, ...] = ()
 
 
 _skeletons: OrderedDict[tuple[ModelRef, str], Skeleton] = OrderedDict()
@@ -189,13 +224,8 @@ def read_skeleton(ref: ModelRef | str) -> Skeleton:
 def _read(source: Source) -> Skeleton:
     config = read_config(source)
     model_class, config = _model_class(config, source)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        raise ValueError(
-            f"{source.title} is already quantized ({method}), which this version can neither preview nor load; "
-            "pick the original model."
-        )
+    options = getattr(config, "quantization_config", None)
+    options = None if options is None else checkpoint.as_dict(options)
     dtype = _checkpoint_dtype(config, source)
     try:
         meta = _build_meta(model_class, config, dtype)
@@ -224,6 +254,8 @@ def _read(source: Source) -> Skeleton:
         default_skips=_default_skips(module, linear),
         tied=tied,
         no_split_classes=no_split,
+        quantized_as=None if options is None else checkpoint.describe(options),
+        stored=None if options is None else checkpoint.stored_precision(options),
         is_encoder_decoder=_seq2seq_class(config) is model_class,
         config=config,
         model_class=model_class,
@@ -312,27 +344,62 @@ def _first_floating_dtype(source: Source, file_name: str) -> str | None:
 
 
 def _build(skeleton: Skeleton, precision: Precision) -> MetaModel:
-    import importlib.util
-
+    if skeleton.quantized_as is not None:
+        return _build_stored(skeleton)
     if precision.package is not None and importlib.util.find_spec(precision.package) is None:
         raise ValueError(
             f"{precision.label} needs {precision.package}: run `pip install {precision.package}`, then restart."
         )
     dtype = precision.dtype_of(skeleton.dtype)
+    if isinstance(precision, GPTQ):
+        from workbench.gptq_folder import planned_config
+
+        options = planned_config(precision, skeleton)
+        return _build_meta(skeleton.model_class, skeleton.config, dtype, options, prequantized=True)
     return _build_meta(skeleton.model_class, skeleton.config, dtype, precision.to_config(dtype))
 
 
-def _build_meta(model_class: Any, config: Any, dtype: str, quantization_config: Any | None = None) -> MetaModel:
+def _build_stored(skeleton: Skeleton) -> MetaModel:
+    """The module tree of a checkpoint that is quantized already: as it will be, or by what its files hold."""
+    options = checkpoint.as_dict(skeleton.config.quantization_config)
+    if skeleton.stored is not None:
+        package = skeleton.stored.package
+        if package is None or importlib.util.find_spec(package) is not None:
+            return _build_meta(skeleton.model_class, skeleton.config, skeleton.dtype, options, prequantized=True)
+    plain = skeleton.plain_model()
+    try:
+        stored = checkpoint.stored_tensors(skeleton.source)
+    except ValueError as error:
+        raise ValueError(f"{skeleton.source.title} is quantized ({skeleton.quantized_as}). {error}") from None
+    return MetaModel(module=plain.module, quantizer=None, dtype=plain.dtype, prequantized=True, stored=stored)
+
+
+def _build_meta(
+    model_class: Any,
+    config: Any,
+    dtype: str,
+    quantization_config: Any | None = None,
+    *,
+    prequantized: bool = False,
+) -> MetaModel:
     """Build a module tree as ``from_pretrained`` does just before it reads weights."""
     import torch
     from transformers.quantizers.auto import AutoHfQuantizer
 
     config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
     torch_dtype = getattr(torch, dtype)
     quantizer = None
+    quiet: AbstractContextManager[Any] = nullcontext()
     if quantization_config is not None:
         config.quantization_config = quantization_config
-        quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+        if prequantized and checkpoint.method_of(checkpoint.as_dict(quantization_config)) == "gptq":
+            from workbench.kernels import import_gptqmodel, quiet_optimum
+
+            import_gptqmodel()
+            quiet = quiet_optimum()
+        quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=prequantized)
         torch_dtype = quantizer.update_dtype(torch_dtype)
     config.dtype = torch_dtype
     for key in config.sub_configs:
@@ -340,15 +407,25 @@ def _build_meta(model_class: Any, config: Any, dtype: str, quantization_config: 
         if sub_config is not None:
             sub_config.dtype = torch_dtype
     with ExitStack() as stack:
+        stack.enter_context(quiet)
         for context in model_class.get_init_context(torch_dtype, quantizer is not None, False, False):
             stack.enter_context(context)
         module = model_class(config)
         if quantizer is not None:
             quantizer.preprocess_model(
-                model=module, dtype=torch_dtype, device_map=None, checkpoint_files=None, use_kernels=False
+                model=module,
+                dtype=torch_dtype,
+                device_map={"": "cpu"} if prequantized else None,  # GPTQ's picks a kernel by it
+                checkpoint_files=None,
+                use_kernels=False,
             )
     module.eval()
-    return MetaModel(module=module, quantizer=quantizer, dtype=str(torch_dtype).removeprefix("torch."))
+    return MetaModel(
+        module=module,
+        quantizer=quantizer,
+        dtype=str(torch_dtype).removeprefix("torch."),
+        prequantized=prequantized,
+    )
 
 
 def _is_linear(module: Any) -> bool:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 import weakref
@@ -123,14 +124,14 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
         The estimate; None where something has no room, and for methods of which we know no timing: int8 on a GPU,
         GPTQ on a CPU.
     """
-    precision = placement.recipe.precision
+    precision = placement.precision
     gpus = [d for d in placement.device_map.values() if d not in ("cpu", "disk")]
     unknown = isinstance(precision, Int8) if gpus else not isinstance(precision, (FullPrecision, Int8, FourBit))
     if placement.unplaced or unknown:
         return None
     known = known_calibration() if placement.machine.name == "This machine" else None
     cpu = known or _TYPICAL
-    profile = _profile_of(skeleton, precision)
+    profile = _profile_of(skeleton, placement.recipe.precision)
     tensors_in_file = sum(len(p.tensors) for p in profile.values()) / max(1, len(skeleton.source.weight_files))
     runs_on = placement.runs_on
     seconds = cpu.token_seconds
@@ -168,12 +169,12 @@ def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | No
         Seconds; None where something has no room or nothing is known of the method. A disk whose speed is not known
         counts as one whose files are in memory already.
     """
-    precision = placement.recipe.precision
+    precision = placement.precision
     if placement.unplaced or not isinstance(precision, (FullPrecision, Int8, FourBit)):
         return None
     here = placement.machine.name == "This machine"
     cpu = (known_calibration() if here else None) or _TYPICAL
-    profile = _profile_of(skeleton, precision)
+    profile = _profile_of(skeleton, placement.recipe.precision)
     disk = placement.machine.device("disk").bandwidth_bytes_per_s
     seconds = cpu.load_seconds
     for layer in placement.layers:
@@ -227,36 +228,44 @@ def _profile_of(skeleton: Skeleton, precision: Precision) -> dict[str, _Profile]
 
 
 def _profile(skeleton: Skeleton, precision: Precision) -> dict[str, _Profile]:
-    sizes = {tensor.name: tensor for tensor in sizes_of(skeleton, precision).tensors}
-    module = skeleton.meta_model(FullPrecision()).module
+    sizes = sizes_of(skeleton, precision)
+    module = skeleton.plain_model().module
     config = skeleton.config.get_text_config(decoder=True)
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((n for name in names if isinstance(n := getattr(config, name, None), int) and n > 0), 0)
     chosen = getattr(config, "num_experts_per_tok", None) or experts
     used_whole = set(skeleton.tied.values())  # a head that is tied to the embedding reads all of it
+    parameters = dict(module.named_parameters())
+    modules = dict(module.named_modules())
 
-    def share(name: str, tensor: Any, owner: Any) -> float:
-        if experts and tensor.dim() == 3 and tensor.shape[0] == experts:
+    def share(name: str) -> float:
+        plain = parameters.get(name)
+        fused = plain is not None and plain.dim() == 3 and plain.shape[0] == experts
+        if experts and (fused or re.search(r"\.experts\.\d+\.", name)):
             return float(min(1.0, chosen / experts))
         # One row of a table is looked up.
-        return 0.0 if type(owner).__name__.endswith("Embedding") and name not in used_whole else 1.0
+        owner = type(modules.get(name.rpartition(".")[0])).__name__
+        return 0.0 if owner.endswith("Embedding") and name not in used_whole else 1.0
 
-    found = {}
-    for block in skeleton.blocks:
-        part = module.get_submodule(block.name)
-        tensors = [
+    grouped: dict[str, list[_Tensor]] = {block.name: [] for block in skeleton.blocks}
+    for tensor in sizes.tensors:
+        if tensor.is_buffer and not tensor.quantized:
+            continue
+        plain = parameters.get(tensor.name)
+        grouped[sizes.block_of[tensor.name]].append(
             _Tensor(
-                size_bytes=known.after_bytes,
-                weights=tensor.numel(),
-                share=share(known.name, tensor, part.get_submodule(name.rpartition(".")[0])),
-                quantized=known.quantized,
+                size_bytes=tensor.after_bytes,
+                weights=tensor.before_bytes if plain is None else plain.numel(),
+                share=share(tensor.name),
+                quantized=tensor.quantized,
             )
-            for name, tensor in part.named_parameters()
-            if (known := sizes.get(f"{block.name}.{name}")) is not None
-        ]
-        leaves = sum(1 for m in part.modules() if next(m.children(), None) is None)
-        found[block.name] = _Profile(modules=leaves, tensors=tuple(tensors))
-    return found
+        )
+    return {
+        name: _Profile(
+            modules=sum(1 for m in modules[name].modules() if next(m.children(), None) is None), tensors=tuple(tensors)
+        )
+        for name, tensors in grouped.items()
+    }
 
 
 # --- measuring a machine ----------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ _Trouble = Literal["homeless", "unquantizable", "nowhere to run", "short", "offl
 
 def _assess(placement: Placement) -> tuple[_Trouble, str]:
     """What is the matter with a placement, in a word and in a sentence."""
-    memory, precision = placement.memory, placement.recipe.precision
+    memory, precision = placement.memory, placement.precision
     homeless, waiting = _homeless(placement), list(placement.waiting)
     if homeless:
         share = f"{_total(homeless)} of {format_bytes(placement.total_bytes)}"
@@ -400,15 +400,19 @@ def _advice_smaller(placement: Placement, skeleton: Skeleton) -> list[Advice]:
 
 def _quantizes_little(placement: Placement, skeleton: Skeleton) -> list[str]:
     """Say it when a method leaves most of a model alone: fused experts, layers that are no plain nn.Linear."""
-    precision = placement.recipe.precision
+    precision = placement.precision
+    if skeleton.quantized_as is not None:
+        if skeleton.stored is not None:
+            return []
+        return [f"Sizes are those of its files ({skeleton.quantized_as}), an estimate of what a load keeps."]
     if isinstance(precision, FullPrecision):
         return []
     tensors = sizes_of(skeleton, precision).tensors
-    whole = sum(t.kept_bytes for t in tensors)
-    untouched = sum(t.kept_bytes for t in tensors if not t.quantized)
+    whole = sum(t.before_bytes for t in tensors)
+    untouched = sum(t.before_bytes for t in tensors if not t.quantized)
     if untouched * 2 <= whole:
         return []
-    experts = sum(t.kept_bytes for t in tensors if not t.quantized and ".experts." in t.name)
+    experts = sum(t.before_bytes for t in tensors if not t.quantized and ".experts." in t.name)
     what = "experts" if 2 * experts > untouched else "weights"
     share = f"{100 * untouched / whole:.0f} % of this model are {what} that {precision.package} does not quantize"
     change = f"{format_bytes(placement.total_bytes)} in place of {format_bytes(whole)}"

@@ -11,7 +11,7 @@ import ipywidgets as w
 
 from workbench.panels.look import classed, close_tree, html, panel, problem_line, visible
 from workbench.panels.state import bind
-from workbench.precision import DTYPES, FourBit, FullPrecision, Int8
+from workbench.precision import DTYPES, GPTQ, FourBit, FullPrecision, Int8
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from workbench.panels.state import State
     from workbench.precision import Precision
 
-METHODS = ("full", "int8", "nf4", "fp4")
+METHODS = ("full", "int8", "nf4", "fp4", "gptq")
 _TIPS = (
     "No quantization",
     "LLM.int8(): linear weights in 8 bits, outliers in 16",
     "4 bits, spaced for normally distributed weights",
     "4-bit floating point",
+    "2 to 8 bits, rounded with text as a guide: the Quantize tab makes it, once, into a folder",
 )
 _MOST_CHIPS = 24
 
@@ -62,6 +63,7 @@ class PrecisionPanel:
             "int8": Int8(),
             "nf4": FourBit(quant_type="nf4"),
             "fp4": FourBit(quant_type="fp4"),
+            "gptq": GPTQ(),
         }
         self.chips: dict[str, Any] = {}
         self._offered: list[tuple[str, int]] = []
@@ -103,6 +105,38 @@ class PrecisionPanel:
             "wb-compute-dtype",
             "wb-wide",
         )
+        self.bits = classed(
+            w.Dropdown(description="Bits", options=(2, 3, 4, 8), value=4, tooltip="Bits a weight; 4 is usual"),
+            "wb-bits",
+            "wb-wide",
+        )
+        self.group_size = classed(
+            w.Dropdown(
+                description="Group size",
+                options=(("32", 32), ("64", 64), ("128", 128), ("whole rows", -1)),
+                value=128,
+                tooltip="So many weights of a row share a scale; smaller is better and takes more room",
+            ),
+            "wb-group-size",
+            "wb-wide",
+        )
+        self.desc_act = classed(
+            w.Checkbox(
+                description="Act-order",
+                indent=False,
+                tooltip="desc_act: round the columns with the largest activations first; better, slower to run",
+            ),
+            "wb-desc-act",
+        )
+        self.sym = classed(
+            w.Checkbox(
+                description="Symmetric",
+                value=True,
+                indent=False,
+                tooltip="sym: about zero; without it each group stores a zero point of its own",
+            ),
+            "wb-sym",
+        )
         self._chips_box = classed(w.Box([]), "wb-skip")
         self.skip_text = classed(
             w.Text(
@@ -125,14 +159,20 @@ class PrecisionPanel:
         )
         skip_label = html(value='<div title="Modules to leave unquantized">Skip modules (leave unquantized)</div>')
         self._skip = w.VBox([skip_label, self._chips_box, self.skip_text, self._skip_note])
+        self._stored_note = html("wb-note", "wb-stored")
         self.box = panel(
             "Precision",
             [
+                self._stored_note,
                 self.method,
                 self.dtype,
                 self.threshold,
                 self.double_quant,
                 self.compute_dtype,
+                self.bits,
+                self.group_size,
+                self.desc_act,
+                self.sym,
                 self._skip,
                 self.offload,
                 problem_line(state, "precision"),
@@ -140,7 +180,7 @@ class PrecisionPanel:
         )
         # First: the text for other names depends on which names have a button.
         state.observe(self._show_skips, ["recipe", "skeleton"])
-        state.observe(self._show_method, "recipe")
+        state.observe(self._show_method, ["recipe", "skeleton"])
         self._tie()
         self._show_method()
         self._show_skips()
@@ -160,6 +200,10 @@ class PrecisionPanel:
             (self.double_quant, "double_quant"),
             (self.compute_dtype, "compute_dtype"),
             (self.offload, "fp32_cpu_offload"),
+            (self.bits, "bits"),
+            (self.group_size, "group_size"),
+            (self.desc_act, "desc_act"),
+            (self.sym, "sym"),
         ):
             # A control of another method has nothing to say: it keeps what it shows.
             bind(
@@ -183,7 +227,10 @@ class PrecisionPanel:
     def _usual(self) -> tuple[str, ...]:
         """What transformers leaves alone by itself; a first choice is added to it, and does not replace it."""
         skeleton = self._state.skeleton
-        return () if skeleton is None else skeleton.default_skips
+        if skeleton is None or isinstance(self._state.recipe.precision, GPTQ):
+            return ()  # GPTQ takes the decoder layers alone, whatever is named
+        usual: tuple[str, ...] = skeleton.default_skips
+        return usual
 
     def _set(self, **options: Any) -> None:
         self._state.update(precision=dataclasses.replace(self._state.recipe.precision, **options))
@@ -195,13 +242,22 @@ class PrecisionPanel:
 
     def _show_method(self, _: object = None) -> None:
         precision = self._state.recipe.precision
+        skeleton = self._state.skeleton
+        stored = None if skeleton is None else skeleton.quantized_as
+        note = "" if stored is None else f"This checkpoint is quantized already: <b>{escape(stored)}</b>."
+        if self._stored_note.value != note:
+            self._stored_note.value = note
+        visible(self._stored_note, when=stored is not None)
+        visible(self.method, when=stored is None)
         self._last[method_of(precision)] = precision
-        visible(self.dtype, when=isinstance(precision, FullPrecision))
+        visible(self.dtype, when=isinstance(precision, FullPrecision) and stored is None)
+        for control in (self.bits, self.group_size, self.desc_act, self.sym):
+            visible(control, when=isinstance(precision, GPTQ) and stored is None)
         visible(self.threshold, when=isinstance(precision, Int8))
         visible(self.double_quant, when=isinstance(precision, FourBit))
         visible(self.compute_dtype, when=isinstance(precision, FourBit))
-        visible(self._skip, when=not isinstance(precision, FullPrecision))
-        visible(self.offload, when=not isinstance(precision, FullPrecision))
+        visible(self._skip, when=not isinstance(precision, FullPrecision) and stored is None)
+        visible(self.offload, when=isinstance(precision, (Int8, FourBit)))
 
     def _show_skips(self, _: object = None) -> None:
         skeleton = self._state.skeleton
@@ -216,7 +272,7 @@ class PrecisionPanel:
         for name, chip in self.chips.items():
             if chip.value != (name in self._skips()):
                 chip.value = name in self._skips()
-        default = ", ".join(skeleton.default_skips) if skeleton else ""
+        default = ", ".join(self._usual())
         if self._skips():
             missing = [name for name in self._usual() if name not in self._skips()]
             note = f"{', '.join(missing)} is quantized too." if missing else ""

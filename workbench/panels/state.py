@@ -11,6 +11,7 @@ from traitlets import Dict, HasTraits, Instance, Unicode
 
 from workbench.hardware import Device, DeviceId, Machine, parse_bytes
 from workbench.placement import Placement, place
+from workbench.precision import FullPrecision
 from workbench.recipe import Recipe
 from workbench.session import Session
 from workbench.skeleton import Skeleton, read_skeleton
@@ -250,7 +251,7 @@ class State(HasTraits):
                     if self.recipe.model == recipe.model:
                         self._fall_back("model", as_sentence(error))
                 return
-            if self._shorten(recipe, skeleton):
+            if self._shorten(recipe, skeleton) or self._keep_quantized(recipe, skeleton):
                 return
 
         def offer(*, measure: bool, advice: bool) -> Placement | None:
@@ -288,6 +289,18 @@ class State(HasTraits):
                 self._publish(recipe.with_(workload=replace(recipe.workload, context_length=limit)), self.machine)
                 said = f"{skeleton.source.title} allows {limit:,} tokens: the context was lowered from {asked:,}."
                 self.report("workload", said)
+            self._want()
+        return True
+
+    def _keep_quantized(self, recipe: Recipe, skeleton: Skeleton) -> bool:
+        """Take a checkpoint that is quantized already as it is, whatever was chosen for another model, and say so."""
+        if skeleton.quantized_as is None or isinstance(recipe.precision, (FullPrecision, type(skeleton.stored))):
+            return False
+        with self.lock:
+            if self.recipe == recipe:
+                self._publish(recipe.with_(precision=FullPrecision()), self.machine)
+                said = f"{skeleton.source.title} is quantized already ({skeleton.quantized_as}): it is taken as it is."
+                self.report("precision", said)
             self._want()
         return True
 

@@ -1,0 +1,259 @@
+"""Checkpoints that are quantized already are recognised, previewed with their real sizes, and loaded as they are."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hub_server import HubServer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import workbench as wb
+from workbench.checkpoint import describe, owner_of, stored_tensors
+from workbench.sizes import measure_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+SHORT = wb.Workload(context_length=16)
+BITSANDBYTES = {
+    "nf4, double": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+    "int8, skips": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "down_proj"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _give_back() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+def recipe(folder: Path | str, **choices: Any) -> wb.Recipe:
+    return wb.Recipe(**{"model": str(folder), "max_memory": {"cpu": "4GiB"}, "workload": SHORT, **choices})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BITSANDBYTES)
+def test_bitsandbytes_checkpoints(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=BITSANDBYTES[name], device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / file, tmp_path)
+    expected = model(torch.arange(8)[None]).logits
+
+    skeleton = wb.read_skeleton(str(tmp_path))
+    assert skeleton.quantized_as is not None
+    assert skeleton.quantized_as.startswith("bitsandbytes ")
+    assert skeleton.parameter_count == wb.read_skeleton(str(tiny_llama)).parameter_count
+    placement = wb.place(recipe(tmp_path))
+    assert placement.kv_cache_bytes == wb.place(recipe(tiny_llama)).kv_cache_bytes
+    session = wb.load(recipe(tmp_path))
+    assert session.load_report.matches, session.load_report.lines
+    assert session.load_report.measured_bytes == {"cpu": placement.total_bytes}
+    assert torch.equal(session.model(torch.arange(8)[None]).logits, expected)
+    session.unload()
+    for other in (wb.Int8(), wb.FourBit(), wb.GPTQ()):
+        with pytest.raises(ValueError, match=r"is quantized already \(bitsandbytes .*pick full precision, which keeps"):
+            wb.place(recipe(tmp_path, precision=other))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the folder made by AutoGPTQ 0.7.1 is not beside this checkout")
+@pytest.mark.parametrize("share", [2.0, 0.75, 0.5])
+def test_a_gptq_checkpoint_and_its_maps(share: float, tmp_path: Path) -> None:
+    folder = SHARED / "autogptq-4bit-32g"
+    skeleton = wb.read_skeleton(str(folder))
+    assert skeleton.quantized_as == "GPTQ 4-bit, groups of 32"
+    whole = wb.place(recipe(folder)).total_bytes
+    budgets: dict[Any, Any] = {"cpu": int(share * whole), "disk": "1GiB"}
+    asked = recipe(folder, max_memory=budgets)
+    placement = wb.place(asked)
+    session = wb.load(asked)
+    assert session.load_report.matches, session.load_report.lines
+    assert session.load_report.measured_bytes == {
+        d: m.weight_bytes for d, m in placement.memory.items() if m.weight_bytes
+    }
+    session.unload()
+    model = AutoModelForCausalLM.from_pretrained(
+        skeleton.source.location, device_map="auto", max_memory=budgets, offload_folder=str(tmp_path)
+    )
+    assert getattr(model, "hf_device_map", {"": "cpu"}) == placement.device_map
+    assert measure_weights(model) == session.load_report.measured_bytes
+
+
+def test_gptq_is_previewed_before_it_is_made(tiny_llama: Path) -> None:
+    # In a layer, by hand: 64 x 64 (q, o), 32 x 64 (k, v), 128 x 64 (gate, up), 64 x 128 (down), in 4 bits and groups of
+    # 32: qweight, qzeros, scales and g_idx of each, and two tables of 8 int32 that the kernel makes for each module.
+    def packed(rows: int, columns: int) -> int:
+        groups = columns // 32
+        return rows * columns // 2 + groups * rows // 2 + 2 * groups * rows + 4 * columns + 64
+
+    layer = 2 * packed(64, 64) + 2 * packed(32, 64) + 2 * packed(128, 64) + packed(64, 128)
+    rest = 2 * (2 * 512 * 64 + 2 * 2 * 64 + 64)  # embedding, head, norms, in bfloat16
+    rotary = 2 * 4 * 8  # two tables of 8 float32
+    placement = wb.place(recipe(tiny_llama, precision=wb.GPTQ(group_size=32)))
+    assert placement.total_bytes == 2 * layer + rest + rotary
+    assert {layer.name: layer.quantized for layer in placement.layers}["model.layers.0"]
+    with pytest.raises(ValueError, match=r"group_size=128 does not divide the 64 inputs of model.layers.0.self_attn"):
+        wb.place(recipe(tiny_llama, precision=wb.GPTQ()))
+    with pytest.raises(ValueError, match=r"quantize it first with workbench.quantize"):
+        wb.load(recipe(tiny_llama, precision=wb.GPTQ(group_size=32)))
+
+
+# --- methods whose library is not here: what the files hold -----------------------------------------------------------
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, "fp8"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ 4-bit, groups of 32"),
+    "compressed-tensors": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        "compressed-tensors, pack-quantized",
+    ),
+}
+
+
+def save_packed(method: str, tiny_llama: Path, folder: Path) -> int:
+    """The tiny Llama with its layers' matrices in another method's tensors, of the right names and types.
+
+    Returns:
+        The bytes of all tensors.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for name, weight in load_file(tiny_llama / "model.safetensors").items():
+        owner, rows, columns = name.removesuffix(".weight"), *(weight.shape if weight.dim() == 2 else (0, 0))
+        if ".layers." not in name or weight.dim() != 2:
+            tensors[name] = weight
+        elif method == "fp8":
+            tensors[name] = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
+            tensors[f"{owner}.weight_scale_inv"] = torch.zeros(-(-rows // 32), -(-columns // 32))
+        elif method == "awq":
+            tensors[f"{owner}.qweight"] = torch.zeros(columns, rows // 8, dtype=torch.int32)
+            tensors[f"{owner}.qzeros"] = torch.zeros(columns // 32, rows // 8, dtype=torch.int32)
+            tensors[f"{owner}.scales"] = torch.zeros(columns // 32, rows, dtype=torch.float16)
+        else:
+            tensors[f"{owner}.weight_packed"] = torch.zeros(rows, columns // 8, dtype=torch.int32)
+            tensors[f"{owner}.weight_scale"] = torch.zeros(rows, columns // 32, dtype=torch.bfloat16)
+            tensors[f"{owner}.weight_shape"] = torch.zeros(2, dtype=torch.int64)
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": OTHERS[method][0]}))
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_other_methods_are_previewed_by_what_their_files_hold(method: str, tiny_llama: Path, tmp_path: Path) -> None:
+    in_files = save_packed(method, tiny_llama, tmp_path)
+    skeleton = wb.read_skeleton(str(tmp_path))
+    assert skeleton.quantized_as == OTHERS[method][1]
+    placement = wb.place(recipe(tmp_path))
+    rotary = 2 * 4 * 8  # the buffers that no file holds
+    assert placement.total_bytes == in_files + rotary
+    assert f"Sizes are those of its files ({OTHERS[method][1]}), an estimate" in placement.summary
+    layers = {layer.name: layer for layer in placement.layers}
+    assert layers["model.layers.0"].quantized
+    assert layers["model.layers.0"].bytes_after < layers["model.layers.0"].bytes_before
+    assert not layers["lm_head"].quantized
+    # The map follows the packed sizes: both layers together are smaller than one would be in bfloat16.
+    packed = 2 * layers["model.layers.0"].bytes_after
+    outside = placement.total_bytes - packed
+    box = wb.Machine.preset("Kaggle 2x T4")
+    asked = recipe(tmp_path, max_memory={0: outside + packed + 1000, "cpu": "4GiB"}, strategy="packed")
+    assert set(wb.place(asked, machine=box).device_map.values()) == {0}
+    with pytest.raises(ValueError, match="is quantized already"):
+        wb.place(recipe(tmp_path, precision=wb.FourBit()))
+
+
+def test_over_the_hub_only_headers_travel(tiny_llama: Path, tmp_path: Path) -> None:
+    in_files = save_packed("fp8", tiny_llama, tmp_path / "model")
+    code = (
+        "import json, workbench as wb\n"
+        "recipe = wb.Recipe(model='org/fp8', max_memory={'cpu': '4GiB'}, workload=wb.Workload(context_length=16))\n"
+        "placement = wb.place(recipe)\n"
+        "print(json.dumps([placement.total_bytes, placement.summary]))"
+    )
+    with HubServer(repos={"org/fp8": tmp_path / "model"}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=hub.env(tmp_path / "cache"),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        total, summary = json.loads(done.stdout.splitlines()[-1])
+        header = int.from_bytes((tmp_path / "model" / "model.safetensors").read_bytes()[:8], "little")
+        asked = [r for r in hub.requests if r.path.endswith(".safetensors") and r.sent_bytes]
+        assert asked
+        assert all(request.range is not None for request in asked)
+        assert hub.sent_bytes(".safetensors") <= max(2 * (header + 8), 250_000)
+    assert total == in_files + 64
+    assert "fp8" in summary
+
+
+def test_a_quantized_config_without_weights_says_what_is_missing(tiny_llama: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ValueError, match=r"is quantized \(AWQ\)\. .* has no safetensors files whose headers"):
+        wb.place(recipe(tmp_path))
+
+
+def test_headers_give_every_tensor(tiny_llama: Path) -> None:
+    found = stored_tensors(wb.read_skeleton(str(tiny_llama)).source)
+    assert sum(tensor.size_bytes for tensor in found) == 279_168
+    assert {tensor.dtype for tensor in found} == {"BF16"}
+    assert sum(tensor.elements for tensor in found) == 139_584
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes int8"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes nf4"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": -1}, "GPTQ 3-bit, whole rows"),
+        ({"quant_method": "fbgemm_fp8"}, "fp8 (FBGEMM)"),
+        ({"quant_method": "something-new", "bits": 5}, "something-new 5-bit"),
+    ],
+)
+def test_in_words(options: dict[str, Any], words: str) -> None:
+    assert describe(options) == words
+
+
+def test_owners() -> None:
+    assert owner_of("model.layers.0.mlp.up_proj.weight_scale_inv") == "model.layers.0.mlp.up_proj"
+    assert owner_of("model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4") == "model.layers.0.mlp.up_proj"
+    assert owner_of("model.layers.0.mlp.up_proj.qweight") == "model.layers.0.mlp.up_proj"
+    assert owner_of("model.norm.weight") == "model.norm"
+
+
+def test_the_panel_takes_it_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
+    from played_page import find, wait_for
+
+    save_packed("fp8", tiny_llama, tmp_path)
+    bench = wb.Workbench(recipe(tiny_llama, precision=wb.FourBit()))
+    try:
+        wait_for(lambda: bench._state.settle(60))
+        bench._state.update(model=wb.ModelRef(name=str(tmp_path)))
+        wait_for(lambda: bench._state.settle(60))
+        assert bench.recipe.precision == wb.FullPrecision()
+        assert "quantized already (fp8): it is taken as it is" in bench._state.problems["precision"]
+        assert "fp8" in find(bench, "wb-stored").value
+        assert find(bench, "wb-method").layout.display == "none"
+        assert bench.placement is not None
+        assert bench.placement.recipe.model.name == str(tmp_path)
+    finally:
+        bench.close()
