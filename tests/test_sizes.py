@@ -189,8 +189,8 @@ def test_smaller_precisions_take_what_they_would_take(name: str, tiny_model: Cal
         (precision, sum(t.after_bytes for t in sizes_of(skeleton, precision).tensors))
         for precision in (Int8(), FourBit())
     ]
-    assert labelled(skeleton, Int8()) == offered[1:]
-    assert labelled(skeleton, FourBit(quant_type="fp4")) == []
+    assert smaller_precisions(skeleton, Int8()) == offered[1:]
+    assert smaller_precisions(skeleton, FourBit(quant_type="fp4")) == []
 
 
 def test_parts_of_a_block_add_up_to_it(tiny_llama: Path) -> None:
