@@ -1,4 +1,4 @@
-"""Prove that previewed weight bytes are the loaded ones, for every architecture that transformers maps to a causal LM.
+"""Prove that previewed weight bytes are the loaded ones, for every language model architecture that transformers has.
 
 Makes each model with random weights, previews it, loads it on the CPU in each precision, and writes what came out to
 docs/exact.md. Beside ours stand the two figures that people use: ``get_memory_footprint()`` and what
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -42,12 +43,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate.commands import estimate  # noqa: E402
-from architectures import model_types, save_model  # noqa: E402
+from architectures import model_types, save_model, seq2seq_types  # noqa: E402
 
 import workbench as wb  # noqa: E402
+from workbench.gptq_folder import planned_config  # noqa: E402
+from workbench.gptq_layers import linear_shape, quantizable_modules  # noqa: E402
+from workbench.kernels import import_gptqmodel  # noqa: E402
 from workbench.sizes import measure_weights  # noqa: E402
 
 REPORT = ROOT / "docs" / "exact.md"
+SEQ2SEQ = " (seq2seq)"
+# Refusals of a preview that say what the libraries cannot do.
+NOT_OURS = ("transformers cannot plan", "GPTQ finds nothing to quantize", "nothing is left to quantize")
 # Column -> the nearest dtype that accelerate's estimate knows.
 PRECISIONS = {
     "float32": "float32",
@@ -58,6 +65,7 @@ PRECISIONS = {
     "nf4": "int4",
     "nf4 double": "int4",
     "fp4": "int4",
+    "GPTQ 4-bit": "int4",
     # At the end: some models share an activation with all of their class, and accelerate's hooks stay on it.
     "bfloat16, CPU and disk": "float16",
 }
@@ -105,11 +113,17 @@ class Row:
 # --- make, preview, load ----------------------------------------------------------------------------------------------
 
 
+def row_names() -> tuple[str, ...]:
+    """Every row: the causal language models, then the encoder-decoders."""
+    return (*model_types(), *(f"{name}{SEQ2SEQ}" for name in seq2seq_types()))
+
+
 def examine(model_type: str) -> Row:
     """Make one architecture, then preview and load it in every precision."""
     with tempfile.TemporaryDirectory(prefix="exact-") as folder, quiet():
         try:
-            count = save_model(model_type, Path(folder))
+            name = model_type.removesuffix(SEQ2SEQ)
+            count = save_model(name, Path(folder), seq2seq=name != model_type)
         except Exception as error:  # noqa: BLE001 - libraries raise anything, and what they raise is the result
             return Row(
                 model_type=model_type, outcomes=dict.fromkeys(PRECISIONS, Outcome(error=one_line(error, folder)))
@@ -131,17 +145,23 @@ def compare(folder: str, title: str, estimate_bytes: float | None) -> Outcome:
         chosen = precision(title, wb.read_skeleton(folder))
         placement = preview(folder, chosen, to_disk="disk" in title)
     except Exception as error:  # noqa: BLE001 - as above
-        return Outcome(error=one_line(error, folder), is_ours=not str(error).startswith("transformers cannot plan"))
+        return Outcome(error=one_line(error, folder), is_ours=not any(text in str(error) for text in NOT_OURS))
     try:
-        # What workbench.load calls, which would measure cache and activations first.
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=True,
-            dtype=getattr(torch, placement.dtype),
-            device_map=dict(placement.device_map),
-            quantization_config=chosen.to_config(placement.dtype),
-            offload_folder=str(Path(folder) / "offload"),
-        )
+        if isinstance(chosen, wb.GPTQ):
+            # Which kernel is right here is found out by workbench.load; transformers takes the first that starts.
+            model = wb.load(placement.recipe.with_(model=pack(folder, chosen), precision=wb.FullPrecision())).model
+        else:
+            seq2seq = wb.read_skeleton(folder).is_encoder_decoder
+            auto_class = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+            # What workbench.load calls, which would measure cache and activations first.
+            model = auto_class.from_pretrained(
+                folder,
+                use_safetensors=True,
+                dtype=getattr(torch, placement.dtype),
+                device_map=dict(placement.device_map),
+                quantization_config=chosen.to_config(placement.dtype),
+                offload_folder=str(Path(folder) / "offload"),
+            )
     except Exception as error:  # noqa: BLE001 - as above
         return Outcome(error=one_line(error, folder))
     foretold = {device: memory.weight_bytes for device, memory in placement.memory.items()}
@@ -157,6 +177,37 @@ def compare(folder: str, title: str, estimate_bytes: float | None) -> Outcome:
         estimate_error=None if estimate_bytes is None else estimate_bytes / loaded_bytes - 1,
         is_untouched=not isinstance(chosen, wb.FullPrecision) and not any(la.quantized for la in placement.layers),
     )
+
+
+def pack(folder: str, chosen: wb.GPTQ) -> str:
+    """Write the same model as a GPTQ checkpoint whose weights mean nothing: this is about their size.
+
+    Returns:
+        The new folder, inside the given one.
+    """
+    from safetensors.torch import load_file, save_file
+
+    import_gptqmodel()
+    skeleton = wb.read_skeleton(folder)
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(file)
+    module = skeleton.plain_model().module
+    for name in (name for names in quantizable_modules(skeleton, chosen).values() for name in names):
+        rows, columns = linear_shape(module.get_submodule(name))
+        groups = columns // chosen.group_size
+        del tensors[f"{name}.weight"]
+        tensors[f"{name}.qweight"] = torch.zeros(columns * chosen.bits // 32, rows, dtype=torch.int32)
+        tensors[f"{name}.qzeros"] = torch.zeros(groups, rows * chosen.bits // 32, dtype=torch.int32)
+        tensors[f"{name}.scales"] = torch.ones(groups, rows, dtype=torch.float16)
+        tensors[f"{name}.g_idx"] = torch.arange(columns, dtype=torch.int32) // chosen.group_size
+    target = Path(folder) / "packed"
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = planned_config(chosen, skeleton)
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(target)
 
 
 def preview(folder: str, chosen: Any, *, to_disk: bool) -> wb.Placement:
@@ -180,6 +231,10 @@ def precision(title: str, skeleton: wb.Skeleton) -> Any:
         kinds = [name.rpartition(".")[2] for name in skeleton.linear_modules if name not in skeleton.default_skips]
         skips = (*skeleton.default_skips, statistics.mode(kinds)) if kinds and "skips" in title else ()
         return wb.Int8(skip_modules=skips)
+    if title.startswith("GPTQ"):
+        module = skeleton.plain_model().module
+        odd = [n for n in skeleton.linear_modules if any(d % 32 for d in linear_shape(module.get_submodule(n)))]
+        return wb.GPTQ(group_size=32, skip_modules=tuple(dict.fromkeys(name.rpartition(".")[2] for name in odd)))
     if title in ("nf4", "nf4 double", "fp4"):
         return wb.FourBit(quant_type=title[:3], double_quant="double" in title)
     return wb.FullPrecision(dtype=title.partition(",")[0])
@@ -231,7 +286,7 @@ def accelerate_estimates(folder: str) -> tuple[dict[str, float], str]:
 
 def one_line(error: BaseException, folder: str) -> str:
     """An error's class and message without line breaks and without the name of a folder that is gone."""
-    text = " ".join(str(error).replace(folder, "the model").split())
+    text = " ".join(str(error).replace(folder, "the model").replace(Path(folder).name, "the model").split())
     return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
@@ -249,8 +304,9 @@ def quiet() -> Iterator[None]:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 HOW_TO_READ = """\
-Every architecture that this version of transformers maps to a causal language model is made as a tiny model with random
-weights (tests/architectures.py), previewed with `workbench.place`, and loaded on the CPU with the previewed device map.
+Every architecture that this version of transformers maps to a causal language model, and every encoder-decoder that it
+maps to text in and text out, is made as a tiny model with random weights (tests/architectures.py), previewed with
+`workbench.place`, and loaded on the CPU with the previewed device map.
 
 - **exact**: on each device the previewed bytes are those that `measure_weights` finds, and on the CPU also those of all
   memory that a walk through everything the loaded model refers to comes upon. One byte more or less is "different".
@@ -265,7 +321,10 @@ weights (tests/architectures.py), previewed with `workbench.place`, and loaded o
 - These are bytes after the load; on the CPU bitsandbytes repacks 4-bit weights at the first forward. In models this
   small the embeddings and the tables of the 4-bit formats weigh more than in large ones, so the two others' errors are
   not those of a large model.
-- GPTQ has no column yet: it comes together with its preview."""
+- GPTQ: the model as a checkpoint that is quantized already (4 bits, groups of 32; its packed weights mean nothing),
+  previewed from the original as it will be. Modules whose shapes GPTQ cannot pack are skipped; where it finds no plain
+  linear module in the decoder layers, there is nothing to load and the footnote says so.
+- "(seq2seq)" marks the encoder-decoders."""
 
 
 def report(rows: list[Row]) -> str:
@@ -346,7 +405,7 @@ def mark(text: str, notes: dict[str, int]) -> str:
 
 def versions() -> str:
     """Of everything that has a say in the sizes."""
-    packages = ("transformers", "torch", "accelerate", "bitsandbytes", "safetensors")
+    packages = ("transformers", "torch", "accelerate", "bitsandbytes", "gptqmodel", "optimum", "safetensors")
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 
 
@@ -365,10 +424,12 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TYPES", help="model types, separated by commas")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes (default 1)")
     options = parser.parse_args()
-    chosen = tuple(options.only.split(",")) if options.only else model_types()
-    unknown = set(chosen) - set(model_types())
+    chosen = tuple(options.only.split(",")) if options.only else row_names()
+    unknown = set(chosen) - set(row_names())
     if unknown:
-        parser.error(f"transformers {transformers.__version__} maps no {', '.join(sorted(unknown))} to a causal LM")
+        parser.error(
+            f"transformers {transformers.__version__} maps no {', '.join(sorted(unknown))} to a language model"
+        )
     started = time.perf_counter()
     rows = []
     with mapping(options.jobs) as map_:

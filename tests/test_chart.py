@@ -6,8 +6,10 @@ import itertools
 import pytest
 
 from workbench.hardware import Device, Machine
-from workbench.panels.chart import KINDS, Chart, chart_height, chart_spec, device_colour, spec_as_html
+from workbench.panels.chart import Chart
+from workbench.panels.picture import KINDS, MODULE_KINDS, chart_height, chart_spec, device_colour, spec_as_html
 from workbench.placement import DeviceMemory, Layer, Placement
+from workbench.precision import FullPrecision
 from workbench.recipe import Recipe
 
 GIB = 2**30
@@ -55,6 +57,7 @@ def placement(layer_count: int = 4, *, homeless: int = 0, kv_cache_bytes: int | 
         advice=(),
         unplaced=tuple(layer.name for layer in layers if layer.device is None),
         dtype="bfloat16",
+        precision=FullPrecision(),
         total_bytes=sum(sizes),
         kv_cache_bytes=kv_cache_bytes,
         machine=Machine(devices=(device(0), device("cpu"))),
@@ -147,10 +150,10 @@ def test_one_figure_is_updated_in_place_and_a_page_that_comes_later_reads_what_i
     state = figure.get_state()
     traces = {trace["name"]: trace for trace in state["_widget_data"]}
     assert chart.figure is figure
-    assert set(traces) == {*(kind for kind, _ in KINDS), "limit", "text", "layers"}
+    assert set(traces) == {*(kind for kind, _ in KINDS), "limit", "text", "layers", "pinned", *MODULE_KINDS}
     assert len(traces["layers"]["y"]) == 33
     assert traces["layers"]["marker"]["color"][-3:] == [device_colour(None)] * 3
-    assert traces["layers"]["marker"]["pattern"]["shape"][-4:] == ["", "x", "x", "x"]
+    assert traces["layers"]["marker"]["pattern"]["shape"][-4:] == [".", "x", "x", "x"]
     assert traces["KV cache"]["marker"]["pattern"]["shape"] == ["/", "/"]
     assert state["_widget_layout"]["width"] == 640
     assert state["_widget_layout"]["font"]["color"] == "#d9d9d9"

@@ -95,10 +95,10 @@ def test_a_gptq_checkpoint_and_its_maps(share: float, tmp_path: Path) -> None:
 
 def test_gptq_is_previewed_before_it_is_made(tiny_llama: Path) -> None:
     # In a layer, by hand: 64 x 64 (q, o), 32 x 64 (k, v), 128 x 64 (gate, up), 64 x 128 (down), in 4 bits and groups of
-    # 32: qweight, qzeros, scales and g_idx of each, and two tables of 8 int32 that the kernel makes for each module.
+    # 32: qweight, qzeros, scales and g_idx of each, and a table of 8 int32 that the kernel makes for each module.
     def packed(rows: int, columns: int) -> int:
         groups = columns // 32
-        return rows * columns // 2 + groups * rows // 2 + 2 * groups * rows + 4 * columns + 64
+        return rows * columns // 2 + groups * rows // 2 + 2 * groups * rows + 4 * columns + 32
 
     layer = 2 * packed(64, 64) + 2 * packed(32, 64) + 2 * packed(128, 64) + packed(64, 128)
     rest = 2 * (2 * 512 * 64 + 2 * 2 * 64 + 64)  # embedding, head, norms, in bfloat16

@@ -23,6 +23,12 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "autogptq-4bit-32g"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"{REFERENCE} is missing")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of links for folders that are gone tomorrow do not belong in anybody's cache."""
+    monkeypatch.setenv("WORKBENCH_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def rounded(weight: Any, options: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Scales and zero points (out, groups), the group of each input, and the weight rounded to nearest."""
     inputs = weight.shape[1]

@@ -190,9 +190,9 @@ def test_the_measurement_is_bounded_and_right_for_every_kind_of_forward(model_ty
 
     skeleton = tiny_skeleton(model_type, tmp_path)
     skeleton.meta_model(FullPrecision())
-    start = time.monotonic()
+    start = time.thread_time()
     cost = measured(skeleton, FullPrecision())
-    seconds = time.monotonic() - start
+    seconds = time.thread_time() - start
 
     assert cost is not None
     assert cost.is_exact
@@ -224,11 +224,11 @@ def test_a_layer_stands_in_for_others_without_a_difference(model_type: str, tmp_
     module = skeleton.meta_model(FullPrecision()).module
     names = [block.name for block in skeleton.blocks]
     # As if no layer were of the same kind as another.
-    apart = Rehearsal(module, names, skeleton.decoder_blocks, deadline=time.monotonic() + 60)
+    apart = Rehearsal(module, names, skeleton.decoder_blocks, seconds=60)
     apart._stands_in = {}
     with apart:
         full = apart.run(129)
-    together = Rehearsal(module, names, skeleton.decoder_blocks, deadline=time.monotonic() + 60)
+    together = Rehearsal(module, names, skeleton.decoder_blocks, seconds=60)
     with together:
         short = together.run(129)
 
@@ -342,10 +342,10 @@ def test_a_forward_that_does_not_end_is_given_up() -> None:
 
     with torch.device("meta"):
         endless = Endless()
-    start = time.monotonic()
+    start = time.thread_time()
 
     assert measure_cost(endless, ["embedding"], []) is None
-    assert time.monotonic() - start < 3
+    assert time.thread_time() - start < 2
 
 
 def test_a_curve_goes_through_its_points_and_bends_between_them() -> None:

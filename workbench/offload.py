@@ -262,6 +262,8 @@ class Offload:
             return
         total = sum(u.full_bytes for u in units)
         largest = max(u.full_bytes for u in units)
+        if not self._huge:  # a fault maps as much as was read at once, at both ends of what is read ahead
+            largest += min(2 * MappedFile.huge_page_bytes, self.room_bytes // 4)
         ahead = max(*(u.dense_bytes for u in units), _LEAST_AHEAD_BYTES)
         budget = max(0, self.room_bytes - largest - ahead)
         owed = 0.0

@@ -145,6 +145,26 @@ class Placement:
             if layer.device is not None
         }
 
+    def __str__(self) -> str:
+        """As a table of plain text."""
+        from workbench.show import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from workbench.show import as_html
+
+        return as_html(self)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/plain": str(self), "text/html": self._repr_html_()}
+
+    def __rich__(self) -> Any:
+        """For rich, which is there when it asks; as text, or it would read brackets as markup."""
+        import importlib
+
+        return importlib.import_module("rich.text").Text(str(self))
+
 
 @refuses_unknown
 def place(

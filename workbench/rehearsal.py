@@ -58,14 +58,15 @@ class Rehearsal:
         module: A causal language model on ``meta``, not quantized.
         blocks: Names of the blocks to which peaks are attributed.
         layers: Those of them that are decoder layers, in order.
-        deadline: On the monotonic clock, after which no run goes on.
+        seconds: Of this thread's time, for all runs together: after them none goes on. Not of the clock's, so that what
+            is found does not depend on what else the machine does.
     """
 
-    def __init__(self, module: Any, blocks: Sequence[str], layers: Sequence[str], *, deadline: float) -> None:
+    def __init__(self, module: Any, blocks: Sequence[str], layers: Sequence[str], *, seconds: float) -> None:
         self._module = module
         self._blocks = blocks
         self._layers = layers
-        self._deadline = deadline
+        self._deadline = time.thread_time() + seconds
         # The first layer stands for none: the embeddings outlive it, so other things are alive while it runs.
         kinds = _kinds(module, layers)
         firsts = {kind: layers[i] for i, kind in reversed(list(enumerate(kinds))) if i}
@@ -122,7 +123,7 @@ class Rehearsal:
         """Run a prompt and, if asked to, two tokens after it, of which the second is watched.
 
         Raises:
-            TooLongError: If it takes more than ``most_operators``, or the deadline is over.
+            TooLongError: If it takes more than ``most_operators``, or the time is up.
             Exception: Whatever the model has against it.
         """
         result = self._run(tokens, step=step, most_operators=most_operators)
@@ -415,7 +416,7 @@ def _watch(module: Any, most_operators: int | None, deadline: float) -> Any:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             self.operators += 1
-            if time.monotonic() > deadline or (most_operators is not None and self.operators > most_operators):
+            if time.thread_time() > deadline or (most_operators is not None and self.operators > most_operators):
                 raise TooLongError
             is_asked = func in answers and args[0].is_meta
             result = answers[func](*args) if is_asked else recall(func, args, kwargs or {})

@@ -7,11 +7,11 @@ the bytes with those of loaded models.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.checkpoint import owner_of
-from workbench.precision import FourBit, FullPrecision, Int8
+from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -75,7 +75,7 @@ class Sizes:
         return [_piece(t.name, [t]) for t in self.tensors if self.block_of[t.name] == block]
 
 
-_sizes: weakref.WeakKeyDictionary[MetaModel, Sizes] = weakref.WeakKeyDictionary()
+_sizes: weakref.WeakKeyDictionary[MetaModel, dict[bool, Sizes]] = weakref.WeakKeyDictionary()
 
 
 def sizes_of(skeleton: Skeleton, precision: Precision) -> Sizes:
@@ -85,16 +85,20 @@ def sizes_of(skeleton: Skeleton, precision: Precision) -> Sizes:
         ValueError: If the precision's library is missing.
     """
     meta = skeleton.meta_model(precision)
-    if meta not in _sizes:
-        _sizes[meta] = _add_up(skeleton, meta, precision)
-    return _sizes[meta]
+    made_int8 = isinstance(precision, GPTQ) and precision.backend == "torch_int8"
+    kept = _sizes.setdefault(meta, {})
+    if made_int8 not in kept:
+        kept[made_int8] = _add_up(skeleton, meta, precision, made_int8=made_int8)
+    return kept[made_int8]
 
 
-def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> Sizes:
+def _add_up(skeleton: Skeleton, meta: MetaModel, precision: Precision, *, made_int8: bool) -> Sizes:
     if meta.stored:
         tensors = _as_stored(skeleton, meta)
     elif meta.prequantized:
         tensors = _as_packed(skeleton, meta)
+        if made_int8:
+            tensors = _as_int8(meta, tensors)
     else:
         tensors = _as_quantized(skeleton, meta, precision)
     names = {block.name for block in skeleton.blocks}
@@ -147,6 +151,21 @@ def _as_packed(skeleton: Skeleton, meta: MetaModel) -> list[TensorSize]:
     return tensors
 
 
+def _as_int8(meta: MetaModel, tensors: list[TensorSize]) -> list[TensorSize]:
+    """What one of gptqmodel's kernels makes of packed weights as soon as they are read: int8, a float32 for each row."""
+    packed = {name: child for name, child in meta.module.named_modules() if hasattr(child, "qweight")}
+    found = []
+    for tensor in tensors:
+        owner, _, last = tensor.name.rpartition(".")
+        child = packed.get(owner)
+        if child is None or last == "bias":
+            found.append(tensor)
+        elif last == "qweight":
+            size = child.out_features * (child.in_features + 4)
+            found.append(replace(tensor, after_bytes=size, kept_bytes=size, is_saved=False))
+    return found
+
+
 def _kernel_tables(module: Any) -> list[tuple[str, Any]]:
     """What one of gptqmodel's kernels makes for itself after the weights are read.
 
@@ -157,7 +176,9 @@ def _kernel_tables(module: Any) -> list[tuple[str, Any]]:
         return []
     there = set(module._buffers)  # noqa: SLF001 - there is no public way to take a buffer away
     make()
-    return [(name, module._buffers.pop(name)) for name in list(module._buffers) if name not in there]  # noqa: SLF001 - likewise
+    made = [(name, module._buffers.pop(name)) for name in list(module._buffers) if name not in there]  # noqa: SLF001 - likewise
+    # The two tables of a kernel are views of one.
+    return list({tensor.untyped_storage()._cdata: (name, tensor) for name, tensor in made}.values())  # noqa: SLF001 - a storage's identity
 
 
 def _made_later(name: str, tensor: Any) -> TensorSize:
@@ -387,7 +408,7 @@ def measure_weights(model: Any) -> dict[DeviceId, int]:
         model: A loaded ``transformers`` model, with or without accelerate's offload hooks.
 
     Returns:
-        Device, as ``max_memory`` spells it, to bytes. Before the first forward: some backends repack then.
+        Device, as ``max_memory`` spells it, to bytes: as they are now, which some backends change at the first forward.
     """
     import torch
 
@@ -395,7 +416,8 @@ def measure_weights(model: Any) -> dict[DeviceId, int]:
     seen: set[Any] = set()
 
     def add(tensor: Any, home: DeviceId) -> None:
-        identity = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        # Views of one piece of memory count once, whatever their shapes.
+        identity = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.numel() * tensor.element_size())
         if identity not in seen and tensor.numel():
             seen.add(identity)
             sizes[home] = sizes.get(home, 0) + tensor.numel() * tensor.element_size()
@@ -417,6 +439,9 @@ def measure_weights(model: Any) -> dict[DeviceId, int]:
             for extra in _quantization_state(tensor):
                 if isinstance(extra, torch.Tensor):
                     add(extra, _device_id(extra.device))
+        for extra in _kernel_state(module):
+            if isinstance(extra, torch.Tensor) and not extra.is_meta:
+                add(extra, _device_id(extra.device))
     return sizes
 
 
@@ -429,6 +454,14 @@ def _quantization_state(parameter: Any) -> Iterator[Any]:
         yield from (state.absmax, state.code, getattr(state, "offset", None))
         if nested is not None:
             yield from (nested.absmax, nested.code)
+
+
+def _kernel_state(module: Any) -> Iterator[Any]:
+    """What a quantized module holds that is neither parameter nor buffer, once it has run."""
+    if type(module).__name__ == "Linear8bitLt":  # bitsandbytes moves the scales here
+        yield from (module.state.CB, module.state.SCB)
+    elif type(module).__module__.startswith("gptqmodel."):
+        yield from vars(module).values()
 
 
 def _offloaded_to(module: Any, name: str) -> DeviceId:

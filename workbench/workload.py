@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import re
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +158,7 @@ _SHORT = (9, 27, 129)
 _BETWEEN = (1025, 8193)
 _LONGEST = 1 << 20  # where a model names no limit
 _MOST_STEPS = 10_000  # operators that a long run may take beyond those of a short one
-_MOST_SECONDS = 1.2  # for all runs together
+_MOST_SECONDS = 1.2  # of this thread, for all runs together
 
 
 def measure_cost(
@@ -170,7 +169,7 @@ def measure_cost(
     Nothing is computed, and of decoder layers that are alike one runs, so the size of the model hardly matters. The
     cache is exact for any architecture that fills one (sliding windows, latent attention, states) unless
     :attr:`Cost.is_exact` says otherwise; the activations are those of this forward with fused attention, an estimate:
-    kernels take scratch memory of their own. It takes about a second at most.
+    kernels take scratch memory of their own. It takes about a second of this thread's time at most.
 
     Args:
         module: A causal language model on ``meta``, not quantized.
@@ -182,7 +181,7 @@ def measure_cost(
         The cost of one sequence, or None if the model cannot be run on ``meta``.
     """
     longest = min(context_length or _LONGEST, _LONGEST)
-    with Rehearsal(module, block_names, decoder_blocks, deadline=time.monotonic() + _MOST_SECONDS) as rehearsal:
+    with Rehearsal(module, block_names, decoder_blocks, seconds=_MOST_SECONDS) as rehearsal:
         runs = _climb(rehearsal, longest)
     return _fit(runs, _widest_window(module, longest)) if len(runs) > 1 else None
 

@@ -15,15 +15,17 @@ from workbench.panels.look import STYLE, classed, html, whole_tree
 from workbench.panels.model import ModelPanel
 from workbench.panels.precision import PrecisionPanel, WorkloadPanel
 from workbench.panels.preview import PreviewPanel
+from workbench.panels.quantize import QuantizePanel
 from workbench.panels.run import GeneratePanel, LoadPanel
 from workbench.panels.state import State
+from workbench.panels.tree import TreePanel
 from workbench.recipe import Recipe
 from workbench.session import Session
 
 if TYPE_CHECKING:
     from workbench.placement import Placement
 
-_TABS = ("Load", "Generate", "Compare", "Code")
+_TABS = ("Load", "Generate", "Quantize", "Layers", "Compare", "Code")
 
 
 @refuses_unknown
@@ -48,14 +50,24 @@ class Workbench(w.VBox):
         self._preview = PreviewPanel(state)
         self._load = LoadPanel(state)
         self._generate = GeneratePanel(state)
+        self._quantize = QuantizePanel(state, self._preview.page)
         self._tabs = classed(w.Tab(), "wb-tabs")
-        self._code = CodePanel(state, in_view=lambda: self._tabs.selected_index == _TABS.index("Code"))
+        self._code = CodePanel(state, in_view=lambda: self._sees("Code"))
+        self._layers = TreePanel(state, in_view=lambda: self._sees("Layers"))
         self._comparison = ComparePanel(state)
-        self._tabs.children = [self._load.box, self._generate.box, self._comparison.box, self._code.box]
+        self._tabs.children = [
+            self._load.box,
+            self._generate.box,
+            self._quantize.box,
+            self._layers.box,
+            self._comparison.box,
+            self._code.box,
+        ]
         for index, name in enumerate(_TABS):
             self._tabs.set_title(index, name)
         self._tabs.selected_index = 0
-        self._tabs.observe(self._code.refresh, "selected_index")
+        for each in (self._code, self._layers):
+            self._tabs.observe(each.refresh, "selected_index")
         self._devices = DevicesPanel(state)
         self._precision = PrecisionPanel(state)
         chosen = [ModelPanel(state).box, self._devices.box, self._precision.box, WorkloadPanel(state).box]
@@ -66,6 +78,9 @@ class Workbench(w.VBox):
         self.add_class("wb-root")
         state.start()
         self._preview.start()
+
+    def _sees(self, tab: str) -> bool:
+        return bool(self._tabs.selected_index == _TABS.index(tab))
 
     @property
     def recipe(self) -> Recipe:
@@ -129,6 +144,7 @@ class Workbench(w.VBox):
             return
         self._generate.close()
         self._load.close()
+        self._quantize.close()
         self._comparison.close()
         self._preview.close()
         self._state.close()

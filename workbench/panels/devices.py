@@ -33,6 +33,30 @@ def slider_step(total_bytes: int) -> float:
     return 1.0
 
 
+def largest_gib(total_bytes: int) -> float:
+    """Where a slider ends: all the memory, rounded up to a step."""
+    step = slider_step(total_bytes)
+    return round(max(step, math.ceil(total_bytes / _GIB / step) * step), 2)
+
+
+def set_budget(state: State, device: Device, size: int | str | None) -> None:
+    """Give a device another budget and leave the others what they are; None leaves the device out.
+
+    Raises:
+        ValueError: If the size is none, or no device would be left.
+    """
+    if size is not None:
+        parse_bytes(size)
+    memory = dict(state.machine.budgets() if state.recipe.max_memory is None else state.recipe.max_memory)
+    memory.pop(device.id, None)
+    if size is not None:
+        memory[device.id] = size
+    if not memory:
+        raise ValueError("A model needs at least one device: leave one ticked.")
+    ordered = {d.id: memory.pop(d.id) for d in state.machine.devices if d.id in memory}
+    state.update(max_memory={**ordered, **memory})
+
+
 class DevicesPanel:
     """The machine, the strategy, and a row for each device.
 
@@ -150,7 +174,6 @@ class DevicesPanel:
     def _row(self, device: Device) -> Any:
         state, short = self._state, device_class(device)
         step = slider_step(device.total_bytes)
-        most = max(step, math.ceil(device.total_bytes / _GIB / step) * step)
         use = classed(
             w.Checkbox(
                 description=device.label, indent=False, tooltip=f"Use {device.label} ({device.name}) or leave it out"
@@ -161,7 +184,7 @@ class DevicesPanel:
             w.FloatSlider(
                 description=f"{device.label} memory in GiB",
                 min=0.0,
-                max=round(most, 2),
+                max=largest_gib(device.total_bytes),
                 step=step,
                 readout=False,
                 tooltip=f"Memory of {device.label} that may be used, in GiB",
@@ -201,16 +224,12 @@ class DevicesPanel:
             budget = budget_bytes()
             return "" if budget is None else format_bytes(budget)
 
-        def set_budget(size: int | str) -> None:
-            parse_bytes(size)
-            self._set(device, size)
-
         def set_text(said: str) -> None:
             if not said.strip():
                 raise ValueError(
                     f"Type how much of {device.label} may be used, such as 2GiB; untick it to leave it out."
                 )
-            set_budget("".join(said.split()))
+            set_budget(state, device, "".join(said.split()))
 
         def show_use(_: object = None) -> None:
             used = budget_bytes() is not None
@@ -230,32 +249,20 @@ class DevicesPanel:
                 state,
                 "devices",
                 show=lambda: budget_bytes() is not None,
-                write=lambda used: self._set(device, now().budget_bytes if used else None),
+                write=lambda used: set_budget(state, device, now().budget_bytes if used else None),
             ),
             bind(
                 slider,
                 state,
                 "devices",
                 show=on_slider,
-                write=lambda gib: set_budget(f"{round(gib, 6):g}GiB"),
+                write=lambda gib: set_budget(state, device, f"{round(gib, 6):g}GiB"),
                 same=lambda left, right: abs(left - right) < step / 2,
             ),
             bind(text, state, "devices", show=in_text, write=set_text),
         ]
         self.rows[device.label] = {"use": use, "slider": slider, "text": text}
         return classed(w.Box([use, slider, text, note]), "wb-device")
-
-    def _set(self, device: Device, size: int | str | None) -> None:
-        """Give a device another budget and leave the others what they are; None leaves the device out."""
-        state = self._state
-        memory = dict(state.machine.budgets() if state.recipe.max_memory is None else state.recipe.max_memory)
-        memory.pop(device.id, None)
-        if size is not None:
-            memory[device.id] = size
-        if not memory:
-            raise ValueError("A model needs at least one device: leave one ticked.")
-        ordered = {d.id: memory.pop(d.id) for d in state.machine.devices if d.id in memory}
-        state.update(max_memory={**ordered, **memory})
 
 
 def _this_machine() -> Machine:

@@ -43,13 +43,17 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
 .wb-root .wb-note .widget-html-content { color: var(--wb-soft); font-size: 12px; overflow-wrap: anywhere; }
 .wb-root .wb-model-facts b { color: var(--wb-ink); }
 .wb-root .wb-note summary { cursor: pointer; }
-.wb-root :is(.wb-note, .wb-load-report, .wb-compare-table) table {
+.wb-root :is(.wb-note, .wb-load-report, .wb-quantize-report, .wb-compare-table) table {
   border-collapse: collapse; margin: 4px 0; font-size: 12px;
 }
 .wb-root .wb-note td { padding: 1px 10px 1px 0; vertical-align: top; }
-.wb-root :is(.wb-load-report, .wb-compare-table) :is(th, td) { padding: 2px 14px 2px 0; text-align: left; }
+.wb-root :is(.wb-load-report, .wb-quantize-report, .wb-compare-table) :is(th, td) {
+  padding: 2px 14px 2px 0; text-align: left;
+}
 .wb-root .wb-compare-table .widget-html-content { overflow-x: auto; }
-.wb-root .wb-compare-table td.wb-number, .wb-root .wb-compare-table th.wb-number { text-align: right; }
+.wb-root :is(.wb-quantize-report, .wb-compare-table) :is(td, th).wb-number { text-align: right; }
+.wb-root .wb-quantize-report .widget-html-content { overflow-wrap: anywhere; }
+.wb-root .wb-quantize-report summary { cursor: pointer; }
 .wb-root .wb-speed { color: var(--wb-soft); font-size: 13px; white-space: nowrap; }
 .wb-root .wb-number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .wb-root .wb-scroll { overflow: auto; max-height: 180px; }
@@ -97,6 +101,80 @@ body[data-jp-theme-light="false"] .wb-root { --wb-good: #3ecf9f; --wb-warn: #f2b
   width: 100%; min-width: 0; overflow: hidden; margin: 0;
 }
 .wb-root .wb-page { height: 0; }
+.wb-root .wb-chart { position: relative; overflow: visible; }
+.wb-root .wb-touch { position: absolute; inset: 0; width: auto; margin: 0; overflow: visible; pointer-events: none; }
+.wb-touch > :is(.wb-marks, .wb-limits) { position: absolute; top: 0; height: 0; }
+.wb-touch > :is(.wb-strip, .wb-blocks) { position: absolute; }
+.wb-touch .wb-blocks { pointer-events: auto; cursor: pointer; touch-action: pan-y; border-radius: 3px; }
+.wb-touch .wb-block {
+  position: absolute; inset-block: 0; border: 0 solid var(--wb-ink); text-align: center; font: 600 12px/1 monospace;
+  color: var(--wb-ink); pointer-events: none;
+}
+.wb-touch .wb-whole::after {
+  content: ""; position: absolute; inset: auto 6% -3px; border-bottom: 2px solid var(--wb-soft);
+}
+.wb-touch .wb-chosen {
+  position: absolute; inset-block: -2px; background: color-mix(in srgb, var(--wb-focus) 16%, transparent);
+  outline: 2px solid var(--wb-focus); border-radius: 2px; pointer-events: none;
+}
+.wb-touch .wb-limit { position: absolute; width: 18px; margin-left: -9px; cursor: ew-resize; pointer-events: auto; touch-action: none; }
+.wb-touch .wb-limit::after {
+  content: ""; position: absolute; inset: 0 7px; border-radius: 2px; background: var(--wb-ink); opacity: .0;
+}
+.wb-touch .wb-limit:is(:hover, :focus-visible, .wb-held)::after { opacity: 1; }
+.wb-touch .wb-run {
+  position: absolute; top: 0; height: 17px; overflow: hidden; white-space: nowrap; text-overflow: ellipsis;
+  font-size: 11px; line-height: 14px; padding: 0 3px; border-bottom: 3px solid var(--wb-run); color: var(--wb-soft);
+  pointer-events: auto; border-right: 1px solid var(--wb-ground);
+}
+.wb-touch .wb-crossing {
+  position: absolute; top: 0; font-size: 11px; line-height: 14px; white-space: nowrap; transform: translateX(-50%);
+  background: var(--wb-ground); color: var(--wb-ink); padding: 0 2px; pointer-events: auto;
+}
+.wb-touch .wb-ghost { position: absolute; border: 1.5px dashed var(--wb-ink); opacity: .8; }
+.wb-touch .wb-measured { position: absolute; width: 0; margin-left: -1px; border-left: 2px dotted var(--wb-ink); }
+.wb-touch .wb-live { position: absolute; width: 0; border-left: 2px solid var(--wb-bad); transition: left .4s; }
+.wb-touch .wb-live::after {
+  content: attr(data-text); position: absolute; left: 4px; top: 0; white-space: nowrap; font-size: 11px;
+  color: var(--wb-ink); background: color-mix(in srgb, var(--wb-ground) 78%, transparent); padding: 0 3px;
+}
+.wb-touch .wb-live-left::after { left: auto; right: 4px; }
+.wb-touch :is(.wb-tip, .wb-menu) {
+  position: absolute; z-index: 5; background: var(--wb-ground); color: var(--wb-ink); border: 1px solid var(--wb-soft);
+  border-radius: 4px; box-shadow: 0 2px 8px rgba(0,0,0,.25); font-size: 12px; max-width: 96%;
+}
+.wb-touch .wb-tip { padding: 4px 8px; line-height: 1.4; pointer-events: none; }
+.wb-touch .wb-menu { pointer-events: auto; padding: 4px 0; min-width: 190px; }
+.wb-touch .wb-menu-title { padding: 2px 10px 4px; color: var(--wb-soft); overflow-wrap: anywhere; }
+.wb-touch .wb-menu-item {
+  display: flex; width: 100%; gap: 14px; justify-content: space-between; padding: 5px 10px; border: 0;
+  border-left: 4px solid transparent; background: none; color: inherit; font: inherit; text-align: left; cursor: pointer;
+}
+.wb-touch .wb-menu-item:is(:hover, :focus) { background: var(--wb-raised); outline: none; text-decoration: underline; }
+.wb-touch .wb-menu-note { color: var(--wb-soft); white-space: nowrap; }
+.wb-touch .wb-said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.wb-root .wb-tools { margin-top: 6px; }
+.wb-root .wb-tool { height: 26px; line-height: 24px; padding: 0 10px; font-size: 12px; margin: 0; flex: none; }
+.wb-root .wb-hand-said { flex: 1 1 220px; width: auto; }
+.wb-root .wb-hand-said .widget-html-content { color: var(--wb-soft); font-size: 12px; min-height: 20px; }
+.wb-tree .wb-tree-search { width: 100%; max-width: 340px; padding: 4px 8px; font: inherit; color: var(--wb-ink);
+  background: var(--wb-ground); border: 1px solid var(--wb-line); border-radius: 3px; }
+.wb-tree .wb-tree-rows { max-height: 340px; overflow: auto; margin-top: 2px; }
+.wb-tree .wb-tree-row {
+  display: grid; grid-template-columns: minmax(0, 1fr) minmax(64px, 130px) 76px 76px; gap: 8px; padding: 1px 6px;
+  font-size: 12px; line-height: 1.6; cursor: default;
+}
+.wb-tree .wb-tree-names { color: var(--wb-soft); margin-top: 6px; }
+.wb-tree .wb-tree-names span:nth-child(n + 3), .wb-tree .wb-tree-size { text-align: right; font-variant-numeric: tabular-nums; }
+.wb-tree .wb-tree-name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.wb-tree .wb-tree-homes { overflow: hidden; white-space: nowrap; }
+.wb-tree .wb-tree-home { margin-right: 8px; }
+.wb-tree .wb-tree-home::before {
+  content: ""; display: inline-block; width: 9px; height: 9px; margin-right: 4px; background: var(--wb-run);
+}
+.wb-tree .wb-tree-rows .wb-tree-row:hover, .wb-tree .wb-tree-rows:focus .wb-tree-at { background: var(--wb-raised); }
+.wb-tree .wb-tree-rows:focus .wb-tree-at { outline: 1px solid var(--wb-focus); outline-offset: -1px; }
+.wb-tree .wb-tree-note { color: var(--wb-soft); font-size: 12px; min-height: 18px; }
 .wb-root .wb-key .widget-html-content {
   display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--wb-soft);
 }

@@ -10,11 +10,17 @@ import ipywidgets as w
 
 from workbench.hardware import format_bytes
 from workbench.panels.advice import AdviceList
-from workbench.panels.chart import KINDS, Chart, chart_height, chart_spec, spec_as_html
+from workbench.panels.chart import Chart
+from workbench.panels.live import Live
 from workbench.panels.look import Page, classed, close_tree, html, panel, problem_line
+from workbench.panels.picture import KINDS, MODULE_KINDS, chart_height, chart_spec, spec_as_html
+from workbench.panels.touch import Hands
+from workbench.panels.tree import kinds_by_block
+from workbench.sizes import sizes_of
 from workbench.speed import predict_speed
 
 if TYPE_CHECKING:
+    from workbench.panels.picture import ChartSpec
     from workbench.panels.state import State
     from workbench.placement import Placement
 
@@ -28,6 +34,7 @@ class PreviewPanel:
         box: What is shown.
         chart: The plotly figure, once there is one.
         advice: What to do about the verdict.
+        hands: What hands do in the figure.
     """
 
     def __init__(self, state: State) -> None:
@@ -41,6 +48,9 @@ class PreviewPanel:
         self._holder = classed(w.Box([self._plain]), "wb-chart")
         self._why_plain = html("wb-note")
         self.advice = AdviceList(state)
+        self.hands = Hands(state)
+        self._live = Live(state, self.hands.touch)
+        self._key = html("wb-key", value=_key(by_kind=False))
         self.box = panel(
             "Preview",
             [
@@ -49,14 +59,17 @@ class PreviewPanel:
                 self._doing,
                 self.page,
                 self._holder,
-                html("wb-key", value=_key()),
+                self._key,
+                self.hands.bar,
                 self._why_plain,
                 self.advice.box,
             ],
         )
         state.observe(self._show, "placement")
         state.observe(self._show_doing, ["doing", "recipe", "machine", "placement"])
+        state.observe(self._redraw, ["pinned", "session"])
         self.page.observe(self._redraw, ["dark", "width_px"])
+        self.hands.kinds.observe(self._switch_kinds, "value")
         self._maker = threading.Thread(target=self._make_chart, name="workbench-chart", daemon=True)
         self._show()
         self._show_doing()
@@ -68,6 +81,8 @@ class PreviewPanel:
     def close(self) -> None:
         """Let the background thread come to its end."""
         self._closed = True
+        self.hands.close()
+        self._live.close()
         if self._maker.is_alive():
             self._maker.join()
 
@@ -120,16 +135,38 @@ class PreviewPanel:
             placement = self._state.placement
             if placement is None:
                 return
-            spec = chart_spec(placement, width_px=self.page.width_px)
+            spec = self._spec(placement)
             if self._holder.layout.height != f"{spec.height_px}px":
                 self._holder.layout.height = f"{spec.height_px}px"
             if self.chart is None:
                 self._plain.value = spec_as_html(spec)
                 return
             self.chart.show(spec, dark=self.page.dark, width_px=self.page.width_px)
-            if self._holder.children != (self.chart.figure,):  # made and shown in different steps: Colab needs that
-                self._holder.children = (self.chart.figure,)
+            self.hands.draw(spec)
+            shown = (self.chart.figure, self.hands.touch)
+            if self._holder.children != shown:  # made and shown in different steps: Colab needs that
+                self._holder.children = shown
                 close_tree(self._plain)
+
+    def _spec(self, placement: Placement) -> ChartSpec:
+        skeleton, session = self._state.skeleton, self._state.session
+        loaded = session is not None and session.placement.device_map == placement.device_map
+        same = loaded and session.recipe == placement.recipe
+        kinds = None
+        if self.hands.kinds.value and skeleton is not None:
+            kinds = kinds_by_block(sizes_of(skeleton, placement.recipe.precision))
+        return chart_spec(
+            placement,
+            width_px=self.page.width_px,
+            skeleton=skeleton,
+            kinds=kinds,
+            pinned=self._state.pinned,
+            measured=session.load_report.measured_bytes if same else None,
+        )
+
+    def _switch_kinds(self, change: dict[str, bool]) -> None:
+        self._key.value = _key(by_kind=change["new"])
+        self._redraw()
 
     def _show_doing(self, _: object = None) -> None:
         self._doing.value = escape(self._state.doing)
@@ -151,19 +188,27 @@ def _exact(placement: Placement) -> str:
     return escape("; ".join(parts))
 
 
-def _key() -> str:
-    """What the hatchings and the line mean."""
-    hatch = {
-        "": "background:var(--wb-soft)",
-        "/": "background:repeating-linear-gradient(135deg,var(--wb-soft) 0 2px,transparent 2px 5px)",
-        "x": "background:repeating-linear-gradient(45deg,var(--wb-soft) 0 1px,transparent 1px 4px),"
-        "repeating-linear-gradient(135deg,var(--wb-soft) 0 1px,transparent 1px 4px)",
-        ".": "background:radial-gradient(var(--wb-soft) 1px,transparent 1.5px) 0 0/4px 4px",
-    }
+_HATCHES = {
+    "": "background:var(--wb-soft)",
+    "/": "background:repeating-linear-gradient(135deg,var(--wb-soft) 0 2px,transparent 2px 5px)",
+    "x": "background:repeating-linear-gradient(45deg,var(--wb-soft) 0 1px,transparent 1px 4px),"
+    "repeating-linear-gradient(135deg,var(--wb-soft) 0 1px,transparent 1px 4px)",
+    ".": "background:radial-gradient(var(--wb-soft) 1px,transparent 1.5px) 0 0/4px 4px",
+}
+
+
+def _key(*, by_kind: bool) -> str:
+    """What the hatchings and the lines mean."""
     entries = [
-        f'<span><i style="{"opacity:.4" if kind == "free" else hatch[shape]}"></i>{escape(kind)}</span>'
+        f'<span><i style="{"opacity:.4" if kind == "free" else _HATCHES[shape]}"></i>{escape(kind)}</span>'
         for kind, shape in KINDS
     ]
     entries.append('<span><i style="width:0;height:12px;border-width:0 0 0 2px"></i>limit</span>')
     entries.append('<span><i style="background:#D55E00;border-color:#D55E00"></i>no room</span>')
+    entries.append('<span title="One tensor in two layers: they move together"><b>=</b> tied</span>')
+    entries.append('<span><i style="height:0;border-width:2px 0 0"></i>stays whole</span>')
+    if by_kind:
+        entries += [
+            f'<span><i style="background:{colour}"></i>{kind}</span>' for kind, (colour, _) in MODULE_KINDS.items()
+        ]
     return "".join(entries)

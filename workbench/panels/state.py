@@ -52,6 +52,7 @@ class State(HasTraits):
     machine = Instance(Machine, read_only=True)
     skeleton = Instance(Skeleton, allow_none=True, read_only=True)
     placement = Instance(Placement, allow_none=True, read_only=True)
+    pinned = Instance(Placement, allow_none=True, read_only=True)  # what others are compared with
     session = Instance(Session, allow_none=True, read_only=True)
     doing = Unicode(read_only=True)  # what the planner is at, in words; empty when the answer is complete
     activity = Unicode(read_only=True)  # "loading", "unloading", "generating" or "": at most one at a time
@@ -163,6 +164,11 @@ class State(HasTraits):
         """Make a loaded model the one that is talked to; None for none."""
         with self.lock:
             self.set_trait("session", session)
+
+    def pin(self, placement: Placement | None) -> None:
+        """Keep a placement to compare others with; None lets it go."""
+        with self.lock:
+            self.set_trait("pinned", placement)
 
     def report(self, panel: str, sentence: str) -> None:
         """Show a sentence in a panel; an empty one takes it away."""

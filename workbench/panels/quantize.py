@@ -1,0 +1,261 @@
+"""The Quantize panel: GPTQ from calibration text to a folder, and from there on."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import threading
+import time
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as w
+
+from workbench.gptq import quantize
+from workbench.hardware import Machine
+from workbench.model import ModelRef
+from workbench.panels.calibration import CalibrationControls, text_field
+from workbench.panels.look import classed, html, problem_line, visible
+from workbench.panels.quantized import QuantizedView, worst_modules
+from workbench.panels.state import as_sentence
+from workbench.precision import GPTQ, FullPrecision
+from workbench.session import Cancelled, worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from workbench.gptq import QuantizeReport
+    from workbench.panels.look import Page
+    from workbench.panels.state import State
+    from workbench.recipe import Recipe
+    from workbench.session import Progress
+
+_APART_SECONDS = 0.05  # between messages to the browser: more than 20 a second only fill queues
+_PROGRESS_STEPS = 1000
+
+
+class QuantizePanel:
+    """Makes a GPTQ folder of the model, and says what came of it.
+
+    Args:
+        state: The state.
+        page: What the page is like.
+
+    Attributes:
+        box: What is shown.
+        report: Of the last quantization, once it is finished.
+    """
+
+    def __init__(self, state: State, page: Page) -> None:
+        self._state = state
+        self._cancel = threading.Event()
+        self._running: Future[None] | None = None
+        self._told: tuple[float, str] = (0.0, "")  # when progress was last shown, and of which stage
+        self._suggested = ""
+        self._asked: Recipe | None = None
+        self.report: QuantizeReport | None = None
+        self.calibration = CalibrationControls(state)
+        self.output = text_field("Output folder", "wb-output", "a new folder", "Where the quantized model is saved")
+        self._where = html("wb-note", "wb-output-path")
+        self.overwrite = classed(
+            w.Checkbox(description="Overwrite", indent=False, tooltip="Replace the output folder if it exists"),
+            "wb-overwrite",
+        )
+        self.quantize = _button("Quantize", "wb-quantize", "Save the model, quantized, in the output folder", "primary")
+        self.cancel = _button("Cancel", "wb-quantize-cancel", "Stop after the module that is being quantized")
+        self._why = html("wb-note", "wb-quantize-why")
+        self._bar = classed(
+            w.IntProgress(min=0, max=_PROGRESS_STEPS, tooltip="How much is done"), "wb-quantize-progress", "wb-progress"
+        )
+        self._text = html("wb-note", "wb-quantize-text")
+        self.open = _button("Open the result", "wb-open-result", "Make the quantized folder the model")
+        self.skip = _button("Skip the worst modules", "wb-skip-worst", "Add what changed most to skip_modules")
+        self._view = QuantizedView(page)
+        self._after = w.VBox([self._view.box, classed(w.HBox([self.open, self.skip]), "wb-row")])
+        self.box = w.VBox(
+            [
+                self.calibration.box,
+                self.output,
+                self._where,
+                self.overwrite,
+                classed(w.HBox([self.quantize, self.cancel]), "wb-row"),
+                self._why,
+                problem_line(state, "quantize"),
+                self._bar,
+                self._text,
+                self._after,
+            ]
+        )
+        self.quantize.on_click(state.guarded("quantize", self._start))
+        self.cancel.on_click(self._stop)  # waits for nothing, not even for the lock
+        self.open.on_click(state.guarded("quantize", self._open))
+        self.skip.on_click(state.guarded("quantize", self._skip_worst))
+        self.output.observe(self._show, "value")
+        # "doing" last: an equal placement that answers a new question is announced by nothing else.
+        state.observe(self._show, ["activity", "session", "recipe", "machine", "skeleton", "placement", "doing"])
+        self._show()
+
+    def close(self) -> None:
+        """Cancel a quantization that is going on and wait for it."""
+        self._cancel.set()
+        if self._running is not None:
+            self._running.exception()
+
+    # The run.
+
+    def _start(self, _: object) -> None:
+        state, text, folder = self._state, self.calibration.text(), self._folder()
+        overwrite = bool(self.overwrite.value)
+        if folder.is_dir() and any(folder.iterdir()) and not overwrite:  # said before a loaded model is unloaded for it
+            raise ValueError(f"{folder} exists: name a new folder, or tick Overwrite to replace it.")
+        with state.lock:
+            why = self._why_not()
+            if why:
+                raise ValueError(why)
+            recipe, machine = state.recipe, state.machine
+            state.begin("quantizing")
+        try:
+            self._cancel = cancel = threading.Event()
+            self._take(None, None)
+
+            def work() -> QuantizeReport:
+                return quantize(
+                    recipe,
+                    folder,
+                    calibration=text,
+                    overwrite=overwrite,
+                    machine=machine,
+                    progress=self._progress,
+                    cancel=cancel,
+                )
+
+            self._running = worker().submit(self._run, recipe, work)
+        except BaseException:
+            state.end()
+            raise
+
+    def _run(self, recipe: Recipe, work: Callable[[], QuantizeReport]) -> None:
+        """Quantize, in the worker's thread. A loaded model goes first: there may be no room for two."""
+        state = self._state
+        try:
+            self._say("Starting ...", 0.0)
+            before = state.session
+            if before is not None:
+                state.hold(None)
+                before.unload()
+            report = work()
+            self._say("", 1.0)
+            self._take(recipe, report)
+        except Cancelled:
+            self._say("Quantizing was cancelled; nothing is left of it.", 0.0)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
+            self._say("", 0.0)
+            state.report("quantize", as_sentence(error))
+        finally:
+            state.end()
+
+    def _progress(self, progress: Progress) -> None:
+        now, (told_at, stage) = time.monotonic(), self._told
+        minor = progress.stage == stage and progress.done != progress.total and now - told_at < _APART_SECONDS
+        if minor or self._cancel.is_set():
+            return
+        self._told = now, progress.stage
+        self._say(progress.text, progress.done / progress.total if progress.total else None)
+
+    def _say(self, text: str, share: float | None) -> None:
+        if share is not None:
+            self._bar.value = int(_PROGRESS_STEPS * share)
+        self._text.value = f'<div role="status">{escape(text)}</div>' if text else ""
+
+    def _stop(self, _: object) -> None:
+        self._cancel.set()
+        self._say("Stopping after this module ...", None)
+
+    # What comes of it.
+
+    def _take(self, recipe: Recipe | None, report: QuantizeReport | None) -> None:
+        with self._state.lock:
+            self._asked, self.report = recipe, report
+            self._view.show(report)
+            self._show()
+
+    def _open(self, _: object) -> None:
+        if self.report is None:
+            raise ValueError("Nothing has been quantized yet.")
+        state = self._state
+        changes: dict[str, Any] = {"model": ModelRef(name=self.report.folder), "precision": FullPrecision()}
+        if state.recipe.strategy == "custom":  # its map is the original's
+            changes |= {"strategy": "auto", "device_map": None}
+        state.update(**changes)
+
+    def _skip_worst(self, _: object) -> None:
+        with self._state.lock:
+            precision = self._state.recipe.precision
+            if self.report is None or not isinstance(precision, GPTQ):
+                raise ValueError("Pick gptq under Precision first: its skip_modules are what this adds to.")
+            names = dict.fromkeys((*precision.skip_modules, *(m.name for m in worst_modules(self.report))))
+            self._state.update(precision=dataclasses.replace(precision, skip_modules=tuple(names)))
+
+    # What the controls show.
+
+    def _folder(self) -> Path:
+        return Path(self.output.value.strip() or self._suggested).expanduser().absolute()
+
+    def _why_not(self) -> str:
+        """Why nothing can be quantized now, as a sentence; empty if it can."""
+        state = self._state
+        skeleton, precision = state.skeleton, state.recipe.precision
+        if state.activity:
+            return f"Workbench is {state.activity}: wait for it, or stop it first."
+        if state.machine.name in Machine.presets():
+            return f"The preview is for {state.machine.name}: pick This machine to quantize."
+        if skeleton is None or not state.is_current:
+            return "The preview is not finished: wait until it shows where the layers go."
+        if skeleton.quantized_as is not None:
+            return f"{skeleton.source.title} is quantized already ({skeleton.quantized_as}): pick the original model."
+        if not isinstance(precision, GPTQ):
+            return f"Pick gptq under Precision to quantize; it is {precision.label} now."
+        if not skeleton.has_weights:
+            return f"{skeleton.source.title} has no weight files: it can be planned for, not quantized."
+        return ""
+
+    def _show(self, _: object = None) -> None:
+        with self._state.lock:
+            state, why = self._state, self._why_not()
+            busy = state.activity == "quantizing"
+            self.quantize.disabled, self.cancel.disabled = bool(why), not busy
+            if not why and state.session is not None:
+                why = "The loaded model is unloaded first: there may be no room for two."
+            self._why.value = "" if busy else escape(why)
+            self._suggest()
+            visible(self._after, when=self.report is not None)
+            precision = state.recipe.precision
+            same = self._asked is not None and self._asked.model == state.recipe.model and isinstance(precision, GPTQ)
+            worst = {m.name for m in worst_modules(self.report)} if self.report else set()
+            self.skip.disabled = not same or worst <= set(getattr(precision, "skip_modules", ()))
+
+    def _suggest(self) -> None:
+        """Suggest a folder that is new, unless another was typed."""
+        skeleton, precision = self._state.skeleton, self._state.recipe.precision
+        if skeleton is not None and isinstance(precision, GPTQ) and self._state.activity != "quantizing":
+            before, self._suggested = self._suggested, suggested_folder(skeleton.source.title, precision)
+            if self.output.value.strip() in ("", before):
+                self.output.value = self._suggested
+        named = self.output.value.strip() or self._suggested
+        self._where.value = f"In {escape(str(self._folder()))}" if named else ""
+
+
+def suggested_folder(title: str, precision: GPTQ) -> str:
+    """A folder that does not exist in the current directory, named after the model: "Llama-gptq-4bit-128g"."""
+    stem = re.sub(r"[^\w.-]+", "-", title.rpartition("/")[2]).strip("-.") or "model"
+    group = "" if precision.group_size == -1 else f"-{precision.group_size}g"
+    name = f"{stem}-gptq-{precision.bits}bit{group}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(each for each in names if not Path(each).exists())
+
+
+def _button(label: str, name: str, tip: str, style: str = "") -> Any:
+    return classed(w.Button(description=label, tooltip=tip, button_style=style, layout=w.Layout(width="auto")), name)
