@@ -10,6 +10,7 @@ which exist at once take, weights excluded; "resident" is by how much the proces
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import subprocess
@@ -76,15 +77,15 @@ def measure(name: str) -> None:
         assert cost is not None
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     with torch.no_grad():
-        model(torch.full((1, 16), 7), use_cache=True)  # the first run warms pools and kernels
+        model(torch.full((1, 64), 7), use_cache=True)  # the first run warms pools and kernels
     for tokens in lengths:
         work = wb.Workload(context_length=tokens)
         cache_bytes = sum(cost.cache_bytes(work))
         prefill_bytes = cache_bytes + max(cost.activation_bytes(work).values()) + sum(cost.kept_bytes(work).values())
         step_bytes = cache_bytes + max(cost.decode_bytes(work).values())
 
-        before = resident_bytes("VmRSS")
         reset_peak()
+        before = resident_bytes("VmRSS")
         output = run(model, tokens)
         grown = resident_bytes("VmHWM") - before
         found = "past_key_values" if output.get("past_key_values") is not None else "cache_params"
@@ -166,7 +167,8 @@ def resident_bytes(field: str) -> int:
 
 
 def reset_peak() -> None:
-    """Let the kernel take the peak anew from now on."""
+    """Give back what the allocator holds, and let the kernel take the peak anew from now on."""
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

@@ -104,7 +104,7 @@ class Dropper:
             entries = [entry for name, entry in file.entries.items() if name.startswith(prefix)]
             if entries:
                 low, high = min(entry[2] for entry in entries), max(entry[3] for entry in entries)
-                yield file, low - low % HUGE_BYTES, high + -high % HUGE_BYTES
+                yield file, low - low % HUGE_BYTES, min(high + -high % HUGE_BYTES, file.size_bytes)
 
     def drop(self, places: list[tuple[MappedFile, int, int]]) -> None:
         """Forward hook."""

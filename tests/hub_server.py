@@ -287,6 +287,11 @@ class HubServer:
             thread.join()
 
     @property
+    def handler(self) -> type[_Handler]:
+        """What answers; hub_uploads.py has one that takes uploads as well."""
+        return _Handler
+
+    @property
     def endpoint(self) -> str:
         """The address that HF_ENDPOINT or `HfApi(endpoint=...)` is given."""
         return self._servers[0].url
@@ -345,7 +350,7 @@ class _Server(ThreadingHTTPServer):
         self.host = host
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), hub.handler)
 
     @property
     def url(self) -> str:

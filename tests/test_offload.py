@@ -364,6 +364,51 @@ def test_only_the_experts_that_are_hit_are_read(tmp_path: Path) -> None:
         theirs.unload()
 
 
+@pytest.mark.parametrize("budgets", [None, {"cpu": "200KiB", "disk": "1GiB"}])
+def test_experts_that_are_modules_are_read_when_they_are_called(
+    tiny_model: Callable[[str], Path], tmp_path: Path, budgets: dict[Any, Any] | None
+) -> None:
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class Mixture(torch.nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.experts = torch.nn.ModuleList(LlamaMLP(config) for _ in range(3))
+
+        def forward(self, hidden: Any) -> Any:
+            return self.experts[2](hidden) + self.experts[0](hidden)
+
+    class Mixed(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp = Mixture(config)
+
+    plain = tiny_model("llama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Mixed(AutoConfig.from_pretrained(plain)).to(torch.bfloat16).save_pretrained(tmp_path)
+    placement = wb.place(recipe_of(plain, max_memory=budgets, **layers_on_disk(4)))
+    options = {"device_map": placement.device_map, "dtype": torch.bfloat16, "offload_folder": tmp_path / "none"}
+    theirs, ours = (Mixed.from_pretrained(tmp_path, **options) for _ in range(2))
+    offload, lines = attach(ours, placement, None)
+    assert offload is not None, lines
+    ids = torch.tensor(IDS)
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                assert in_worker(lambda: same(ours(ids).logits, theirs(ids).logits))
+        experts = {unit.name: unit for unit in offload._units if unit.on_demand}
+        assert len(experts) == 4 * 3
+        assert not experts["model.layers.0.mlp.experts.1"].queued
+        assert bool(experts["model.layers.0.mlp.experts.2"].queued) is (budgets is None)  # let go with its layer
+        assert experts["model.layers.3.mlp.experts.2"].queued  # that was the last
+    finally:
+        offload.close()
+
+
 # --- what can go wrong ------------------------------------------------------------------------------------------------
 
 

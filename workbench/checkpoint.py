@@ -1,12 +1,18 @@
 """What a checkpoint that is already quantized says of itself, and what its files hold.
 
-Its config names a method. For those that we know and whose library is here, the module tree is built as it will be
-loaded; for the others the headers of the safetensors files give every tensor's size, over the Hub by range requests of
-a few kilobytes.
+Its config names a method. For those whose modules transformers puts into the tree before it reads weights, and whose
+library is here, the tree is built so; for the others the headers of the safetensors files give every tensor's size,
+over the Hub by range requests of a few kilobytes. Where a method has no kernel, transformers turns the weights back
+into full precision while it loads them, and then that is what is previewed.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib.util
+import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +23,7 @@ from workbench.precision import GPTQ, FourBit, Int8
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from workbench.hardware import Machine
     from workbench.model import Source
     from workbench.precision import Precision
 
@@ -32,15 +39,16 @@ _NAMES = {
     "quanto": "quanto",
     "torchao": "torchao",
 }
-# Bytes an element, as safetensors names types; F4 and F6 are packed, and count by what their shapes say.
-_ELEMENT_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8.0),
-    **dict.fromkeys(("F32", "I32", "U32"), 4.0),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2.0),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1.0),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 0.75),
-    "F4": 0.5,
+# The methods whose modules are put into the tree before weights are read, and the packages that this takes.
+_BUILT = {
+    "awq": ("gptqmodel", "optimum"),
+    "bitsandbytes": ("bitsandbytes",),
+    "fp8": (),
+    "gptq": ("gptqmodel", "optimum"),
 }
+# GPUs that are older than a method's kernels: compute capability under 8.9 for fp8, under 7.5 for mxfp4.
+_BEFORE_TURING = r"\b(P100|P40|P4|V100|K80|M60|M40|TITAN|GTX 10\d\d)\b"
+_BEFORE_ADA = _BEFORE_TURING + r"|\b(T4|A100|A30|A40|A16|A10G?|A2|RTX A\d+|RTX [23]0\d\d|GTX 16\d\d)\b"
 
 
 def as_dict(options: Any) -> dict[str, Any]:
@@ -92,6 +100,53 @@ def stored_precision(options: Mapping[str, Any]) -> Precision | None:
     return None
 
 
+def is_built(options: Mapping[str, Any]) -> bool:
+    """Whether the module tree can be built as it will be loaded; else the files' headers have to do."""
+    packages = _BUILT.get(method_of(options))
+    return packages is not None and all(importlib.util.find_spec(package) for package in packages)
+
+
+def unpacked_because(options: Mapping[str, Any], machine: Machine) -> str | None:
+    """Why transformers turns the weights back into full precision while it loads them on a machine; None if not so."""
+    method = method_of(options)
+    if method not in ("fp8", "mxfp4", "compressed-tensors"):
+        return None
+    if options.get("dequantize"):
+        return "its config asks for it"
+    if method == "compressed-tensors":
+        return None
+    gpus = [device for device in machine.devices if isinstance(device.id, int)]
+    if not gpus:
+        return f"{method} runs on GPUs only"
+    name = gpus[0].name  # transformers, too, asks the first
+    if re.search(_BEFORE_ADA if method == "fp8" else _BEFORE_TURING, name):
+        return f"{name} is too old for {method}"
+    if method == "mxfp4" and machine.name == "This machine" and importlib.util.find_spec("kernels") is None:
+        return "mxfp4 needs `pip install kernels`"
+    return None
+
+
+def not_loadable_because(options: Mapping[str, Any]) -> str | None:
+    """Why transformers cannot load such a checkpoint on this machine, in its own words; None if it can."""
+    return _ask_quantizer(json.dumps(dict(options), sort_keys=True, default=str))
+
+
+@functools.lru_cache(maxsize=64)
+def _ask_quantizer(options: str) -> str | None:
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(json.loads(options)), pre_quantized=True)
+        quantizer.validate_environment(device_map={"": "cpu"})
+    except Exception as error:  # noqa: BLE001 - a library for each method, each with errors of its own
+        return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    finally:
+        logging.disable(previous)
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """One tensor of a checkpoint: its name there, its bytes in the file, and the elements that its shape counts."""
@@ -116,8 +171,6 @@ def stored_tensors(source: Source) -> tuple[StoredTensor, ...]:
 
 def _read_header(source: Source, name: str) -> list[StoredTensor]:
     if source.is_local:
-        import json
-
         try:
             with (Path(source.location) / name).open("rb") as file:
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -10,9 +10,12 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,7 +31,7 @@ from workbench.speed import predict_speed
 from workbench.workload import Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from workbench.precision import Precision
 
@@ -122,23 +125,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest and options.command != "lab":
-        parser.error(f"there is no option {' '.join(rest)}")
+        _Parser(prog=f"workbench {options.command}").error(f"there is no option {' '.join(rest)}")
     try:
         if options.command == "lab":
             return _lab(rest)
-        code = _plan(options) if options.command == "plan" else _fits(options)
-        sys.stdout.flush()
+        with _quiet():
+            code = _plan(options) if options.command == "plan" else _fits(options)
+            sys.stdout.flush()
         return code  # noqa: TRY300 - a pipe may break as late as in the flush
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        # What other libraries raise may run over many lines.
-        sentence = " ".join(str(error).split()) or type(error).__name__
-        print(f"workbench: {sentence}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - a network that is down, a config that breaks transformers: no traceback
+        sentence = " ".join(str(error).split())  # what other libraries say may run over many lines
+        kind = "" if sentence and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        print(f"workbench: {kind}{sentence}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep stderr for our own sentence: libraries warn there at import of what has no part in a plan."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -257,7 +274,10 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_data(placement, speed=speed), indent=2))
     elif options.html is not None:
-        options.html.write_text(as_page(placement, speed=speed), encoding="utf-8")
+        try:
+            options.html.write_text(as_page(placement, speed=speed), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{options.html} cannot be written: {error.strerror}.") from None
         print(f"{placement.summary} Written to {options.html}.")
     else:
         print(as_text(placement, speed=speed))

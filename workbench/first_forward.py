@@ -1,8 +1,8 @@
 """What becomes of a loaded model's weights at its first forward, where a backend repacks them then.
 
-On CPUs with AVX512-BF16 bitsandbytes rearranges 4-bit weights for a kernel of its own, and undoes double quantization on
-the way; gptqmodel's fused CPU kernels keep copies of scales and zero points. So the bytes after the first token are not
-those after the load.
+On CPUs with AVX512-BF16 bitsandbytes rearranges 4-bit weights for a kernel of its own, and undoes double quantization
+on the way; gptqmodel's fused CPU kernels keep copies of scales and zero points; compressed-tensors unpacks everything.
+So the bytes after the first token are not those after the load.
 """
 
 from __future__ import annotations
@@ -52,6 +52,15 @@ def bytes_once_run(placement: Placement, skeleton: Skeleton) -> dict[DeviceId, i
     """
     found: dict[DeviceId, int] = {device: memory.weight_bytes for device, memory in placement.memory.items()}
     precision = placement.precision
+    if skeleton.unpacks_when_run:
+        for tensor in sizes_of(skeleton, placement.recipe.precision).tensors:
+            device = device_of(tensor.name, placement.device_map)
+            # The scales stay beside what has been unpacked.
+            if device is not None and tensor.quantized and tensor.before_bytes:
+                found[device] += tensor.before_bytes - tensor.after_bytes
+        return found
+    if skeleton.quant_method == "awq":
+        return _awq(placement, skeleton, found)
     if isinstance(precision, GPTQ) and isinstance(placement.recipe.precision, GPTQ):
         precision = replace(precision, backend=placement.recipe.precision.backend)
     if not isinstance(precision, (FourBit, GPTQ)):
@@ -116,6 +125,23 @@ def _four_bit_changes(placement: Placement, skeleton: Skeleton, precision: FourB
             bias = f"{tensor.name.removesuffix('weight')}bias"
             changes[bias] = child.bias.numel() * (_DTYPE_BYTES[compute] - child.bias.element_size())
     return changes
+
+
+def _awq(placement: Placement, skeleton: Skeleton, found: dict[DeviceId, int]) -> dict[DeviceId, int] | None:
+    """The same for AWQ, on whose packed weights transformers picks the kernel when it builds the tree."""
+    runs_on = placement.runs_on
+    sizes = sizes_of(skeleton, placement.recipe.precision)
+    for name, child in skeleton.meta_model(placement.recipe.precision).module.named_modules():
+        device = device_of(name, placement.device_map)
+        packed = f"{name}.qweight"
+        if not hasattr(child, "qweight") or device is None or runs_on.get(sizes.block_of[packed]) != device:
+            continue
+        if device == "cpu" and placement.machine.name != "This machine":
+            return None
+        if device == "cpu" and type(child).__name__ == "TorchAtenAwqLinear":
+            # Zero points in bfloat16 in place of packed ones, and both they and the scales once more side by side.
+            found[device] += 6 * child.scales.numel() - child.qzeros.numel() * child.qzeros.element_size()
+    return found
 
 
 def _gptq_changes(placement: Placement, skeleton: Skeleton, precision: GPTQ) -> dict[str, int]:

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.calibration import OFFLINE, CalibrationText, calibration_sequences, evaluation_sequences, fitted
 from workbench.gptq_folder import write_folder
-from workbench.gptq_layers import Layers, linear_shape, quantizable_modules, replace_weight
+from workbench.gptq_layers import Layers, linear_shape, replace_weight
 from workbench.gptq_packing import packed_linear
+from workbench.gptq_plan import plan_quantization
 from workbench.hardware import Machine, format_bytes
+from workbench.kernels import import_gptqmodel
 from workbench.loading import load, read_tokenizer
 from workbench.model import refuses_unknown
-from workbench.placement import place
-from workbench.precision import GPTQ, FullPrecision, precision_to_dict
+from workbench.precision import GPTQ, precision_to_dict
 from workbench.session import Cancelled, Progress, in_worker
 from workbench.skeleton import read_skeleton, turn
-from workbench.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -240,20 +240,17 @@ class _Job:
     def run(self) -> QuantizeReport:
         self.started = time.perf_counter()
         self.tell("plan", "planning")
-        precision = self.recipe.precision
-        if not isinstance(precision, GPTQ):
-            raise ValueError(f"quantize() needs a recipe with precision=GPTQ(...), not {precision.label}.")  # noqa: TRY004 - one kind of error for bad input
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(f"batch_size is a whole number of at least 1, not {self.batch_size!r}.")
-        from workbench.kernels import import_gptqmodel
-
-        import_gptqmodel()
-        self.precision = precision
+        plan = plan_quantization(
+            self.recipe, calibration=self.calibration, batch_size=self.batch_size, machine=self.machine
+        )
+        for line in plan.lines:
+            self.tell("plan", line)
+        self.precision: GPTQ = self.recipe.precision  # type: ignore[assignment]
         self.skeleton = read_skeleton(self.recipe.model)
         title = self.skeleton.source.title
-        if getattr(self.skeleton.config, "quantization_config", None) is not None:
-            raise ValueError(f"{title} is already quantized: start from the original model.")
-        self.targets = quantizable_modules(self.skeleton, precision)
+        self.targets = plan.targets
+        self.disk_bytes = plan.disk_bytes
+        import_gptqmodel()
         self._check_folder()
         tokenizer = read_tokenizer(self.skeleton)
         if tokenizer is None:
@@ -265,14 +262,7 @@ class _Job:
             count, length = _EVALUATION
             length = min(length, self.skeleton.context_length or length)
             held_back = evaluation_sequences(self.evaluation, tokenizer, self.calibration, count, length)
-        workload = Workload(context_length=self.calibration.sequence_length, batch_size=self.batch_size)
-        full = self.recipe.with_(precision=FullPrecision(), workload=workload)
-        placement = place(full, machine=self.machine or Machine.detect(), skeleton=self.skeleton)
-        if "disk" in placement.device_map.values():
-            raise ValueError(
-                f"{title} does not fit in memory as it is, and GPTQ cannot quantize weights on the disk: give the CPU "
-                "and the GPUs more, or quantize it on a larger machine."
-            )
+        full = plan.placement.recipe
         self.check()
         with self._working_folder(sequences) as finished:
             # accelerate's own offload, whose copies of the weights can be changed.
@@ -432,24 +422,12 @@ class _Job:
         if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
             raise ValueError(f"{self.output} exists: name a new folder, or say overwrite=True to replace it.")
         above = next(parent for parent in self.output.parents if parent.exists())
-        # The finished layers and the final files are both there for a moment.
-        needed, free = 2 * self._expected_bytes(), shutil.disk_usage(above).free
+        needed, free = self.disk_bytes, shutil.disk_usage(above).free
         if needed > free:
             raise ValueError(
                 f"Quantizing needs up to {format_bytes(needed)} of disk space in {above}, and {format_bytes(free)} are "
                 "free: make room, or name a folder on another disk."
             )
-
-    def _expected_bytes(self) -> int:
-        module = self.skeleton.meta_model(FullPrecision()).module
-        quantized = {f"{name}.weight": name for names in self.targets.values() for name in names}
-        return sum(
-            self.precision.quantized_bytes(linear_shape(module.get_submodule(quantized[name])))
-            if name in quantized
-            else tensor.nbytes
-            for name, tensor in module.state_dict().items()
-            if name not in self.skeleton.tied
-        )
 
     @contextlib.contextmanager
     def _working_folder(self, sequences: list[list[int]]) -> Iterator[int]:

@@ -12,7 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.hardware import Machine, format_bytes
-from workbench.kernels import choose_backend, quiet_optimum, settle_kernels, spared_from_initialization
+from workbench.kernels import (
+    choose_backend,
+    import_gptqmodel,
+    quiet_optimum,
+    settle_kernels,
+    spared_from_initialization,
+)
 from workbench.model import check_weights, read_config, refuses_unknown
 from workbench.offload import attach as attach_offload
 from workbench.placement import Placement, place
@@ -88,6 +94,11 @@ def _load(
     placement = place(recipe, machine=machine or here, skeleton=skeleton)
     if placement.verdict == "does_not_fit":
         raise ValueError(" ".join((placement.summary, *(placement.advice or ()))))
+    if skeleton.not_loadable_because is not None:
+        raise ValueError(
+            f"{skeleton.source.title} is quantized ({skeleton.quantized_as}), and this machine cannot load it: "
+            f"{skeleton.not_loadable_because}."
+        )
     _check_free(placement, here)
     check_weights(skeleton.source)
     _check_cancelled(cancel)
@@ -104,11 +115,12 @@ def _load(
             if stated is not None:
                 config, kernel = _with_kernel(stated, skeleton, placement)
             with contextlib.ExitStack() as around:
-                if stated is not None:
+                if skeleton.quant_method in ("awq", "gptq"):
+                    import_gptqmodel()
                     around.enter_context(quiet_optimum())
                     around.enter_context(spared_from_initialization(skeleton.model_class))
                 model, info = _from_pretrained(placement, skeleton, folder, _download_bar(progress, cancel), config)
-            if stated is not None:
+            if skeleton.quant_method in ("awq", "gptq"):
                 settle_kernels(model)
         _check_cancelled(cancel)
         progress(Progress(stage="check", done=0, total=None, text="checking the tensors against the preview"))

@@ -198,7 +198,7 @@ class MappedFile:
             end: The byte after the last.
             drop: Whether the system shall drop them from its cache as well.
         """
-        low, high = _inwards(start, end)
+        low, high = _inwards(start, min(end, self.size_bytes))  # beyond lies somebody else's memory
         if low < high and self._fd >= 0:
             _libc().madvise(self._address + low, high - low, _MADV_DONTNEED)
             if drop:

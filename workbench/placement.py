@@ -194,7 +194,7 @@ def place(
         ValueError: If the recipe cannot be meant for this model or machine; the sentence says what to do.
     """
     machine = machine or Machine.detect()
-    skeleton = skeleton or read_skeleton(recipe.model)
+    skeleton = (skeleton or read_skeleton(recipe.model)).on(machine)
     _check_context(recipe.workload, skeleton)
     _check_skip_modules(recipe.precision, skeleton)
     attempt = attempts(recipe.precision, machine, skeleton, measure=measure)
@@ -219,6 +219,7 @@ def longest_context(placement: Placement, skeleton: Skeleton) -> int | None:
         return None
     if placement.unplaced:
         return 0
+    skeleton = skeleton.on(placement.machine)
     attempt = attempts(placement.recipe.precision, placement.machine, skeleton, measure=False)
     return _search_context(placement, attempt, skeleton.context_length or _MOST_TOKENS)
 

@@ -67,7 +67,7 @@ def why(placement: Placement, layer: str, *, skeleton: Skeleton | None = None) -
         return _reason(this, f"Your device_map puts it on {device_label(this.device or 'cpu')}.")
     if not faster:
         return _reason(this, f"It is on {device_label(order[0])}, the first device that was offered, which has room.")
-    skeleton = skeleton or read_skeleton(placement.recipe.model)
+    skeleton = (skeleton or read_skeleton(placement.recipe.model)).on(placement.machine)
     attempt = attempts(placement.recipe.precision, placement.machine, skeleton, measure=False)
     # The last of the faster devices is what the layer just missed; more room on the first moves everything up.
     tried = dict.fromkeys((faster[-1], faster[0]))

@@ -220,6 +220,24 @@ class Session:
         """Stop the generation that is running; it ends with the token that is being computed."""
         self._stop.set()
 
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the model's folder, with its model card, as a repository on the Hub.
+
+        Args:
+            repo_id: ``"org/name"``, or ``"name"`` for the owner of the token.
+            private: Make the repository private; a public one that exists is only written to with False.
+            token: A token with write access; None is the one of ``huggingface_hub.login()``. Kept nowhere.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ValueError: If the model is not a local folder, or the Hub does not take it.
+        """
+        from workbench.upload import push_folder
+
+        return push_folder(self.skeleton.source, repo_id, private=private, token=token)
+
     def unload(self) -> None:
         """Drop the model and give its memory back. Other references to ``session.model`` keep it alive."""
         self.stop()

@@ -1,7 +1,7 @@
 """A placement for people and for programs: a table of plain text, static HTML, plain data.
 
-The three say the same: they are written from the same rows. The HTML has neither scripts nor links, takes its text colour
-from what is around it, and as a page of its own follows the browser's light or dark.
+The three say the same: they are written from the same rows. The HTML has neither scripts nor links, takes its text
+colour from what is around it, and as a page of its own follows the browser's light or dark.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _VERSION = 1
 _GIB = 2**30
 _HEAD = ("GiB", "weights", "KV cache", "activations", "reserve", "free", "limit")
 _LEGEND = (
-    "reserve: room to bring the largest offloaded layer here; free: what is then left of what the device has to give; "
-    "limit: max_memory, which bounds the weights. Activations are an estimate."
+    "Activations are an estimate. reserve: room to bring the largest offloaded layer here.",
+    "free: what is left of what the device has to give. limit: max_memory, which bounds the weights.",
 )
 # Colours that the colour-blind can tell apart, on white as on black; in the order of the table's columns.
 _COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#8A8D91")
@@ -47,7 +47,7 @@ def as_text(placement: Placement, *, speed: Speed | None = None) -> str:
     """
     blocks = [
         [_title(placement), placement.summary, *_speed_line(speed)],
-        [*table(_HEAD, _memory_rows(placement)).splitlines(), _LEGEND],
+        [*table(_HEAD, _memory_rows(placement)).splitlines(), *_LEGEND],
         table(("layers", ""), _layer_rows(placement), left=2).splitlines(),
     ]
     if placement.advice:
@@ -69,7 +69,7 @@ def as_html(placement: Placement, *, speed: Speed | None = None) -> str:
         head.append(f'<th scope="col">{swatch}{name}</th>')
     bars = [_bar(device, memory) for device, memory in placement.memory.items()]
     rows = [
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}<td>{bar}</td></tr>'
+        f'<tr><th scope="row">{escape(name)}</th><td>{"</td><td>".join((*map(escape, cells), bar))}</td></tr>'
         for (name, *cells), bar in zip(_memory_rows(placement), [*bars, ""], strict=True)
     ]
     layers = (
@@ -85,7 +85,7 @@ def as_html(placement: Placement, *, speed: Speed | None = None) -> str:
             *(f"<p>{escape(line)}</p>" for line in _speed_line(speed)),
             f'<table class="wb-memory"><thead><tr>{"".join(head)}<th></th></tr></thead><tbody>',
             *rows,
-            f"</tbody></table><p><small>{_LEGEND}</small></p>",
+            f"</tbody></table><p><small>{' '.join(_LEGEND)}</small></p>",
             '<table class="wb-layers"><tbody>',
             *layers,
             "</tbody></table>",
@@ -192,7 +192,7 @@ def _title(placement: Placement) -> str:
 def _speed_line(speed: Speed | None) -> list[str]:
     if speed is None:
         return []
-    grounds = "measurements of this machine" if speed.calibrated else "data sheets"
+    grounds = "measurements of this machine" if speed.calibrated else "data sheets and a typical machine"
     return [f"Decodes about {rate(speed)} tok/s, one sequence at a short context (estimate from {grounds})."]
 
 

@@ -130,6 +130,7 @@ def _as_packed(skeleton: Skeleton, meta: MetaModel) -> list[TensorSize]:
         if is_bitsandbytes and isinstance(skeleton.stored, (Int8, FourBit)):
             after = skeleton.stored.quantized_bytes((child.out_features, child.in_features))
         whole = before.get(name, before.get(f"{owner}.weight", 0) if last == "qweight" else 0)
+        narrow = not is_bitsandbytes and tensor.element_size() == 1  # fp8 has names of its own for the scales alone
         is_buffer = not _is_parameter(tensor)
         tensors.append(
             TensorSize(
@@ -140,7 +141,7 @@ def _as_packed(skeleton: Skeleton, meta: MetaModel) -> list[TensorSize]:
                 upcast_bytes=0 if is_bitsandbytes else after - tensor.numel() * tensor.element_size(),
                 is_buffer=is_buffer,
                 is_saved=not is_buffer or name in saved,
-                quantized=is_bitsandbytes or (name not in before and name in saved),
+                quantized=is_bitsandbytes or narrow or (name not in before and name in saved),
             )
         )
     tensors += [
@@ -152,7 +153,7 @@ def _as_packed(skeleton: Skeleton, meta: MetaModel) -> list[TensorSize]:
 
 
 def _as_int8(meta: MetaModel, tensors: list[TensorSize]) -> list[TensorSize]:
-    """What one of gptqmodel's kernels makes of packed weights as soon as they are read: int8, a float32 for each row."""
+    """What one of gptqmodel's kernels makes of packed weights once they are read: int8, and a float32 for each row."""
     packed = {name: child for name, child in meta.module.named_modules() if hasattr(child, "qweight")}
     found = []
     for tensor in tensors:
@@ -199,14 +200,12 @@ def _made_later(name: str, tensor: Any) -> TensorSize:
 def _as_stored(skeleton: Skeleton, meta: MetaModel) -> list[TensorSize]:
     """The tensors of the checkpoint's files, and the buffers that no checkpoint holds."""
     before = _unquantized_bytes(meta)
-    left = dict(before)
+    left = {name: size for name, size in before.items() if name not in {t.name for t in meta.stored}}
     found = []
-    for tensor in meta.stored:
-        if tensor.name in skeleton.tied:
-            continue
-        weight = f"{owner_of(tensor.name)}.weight"
-        whole = left.pop(tensor.name, None) or left.pop(weight, 0)
-        found.append((tensor, whole))
+    for tensor in sorted(meta.stored, key=lambda t: -t.size_bytes):  # the values come before what is beside them
+        if tensor.name not in skeleton.tied:
+            whole = before.get(tensor.name)
+            found.append((tensor, left.pop(f"{owner_of(tensor.name)}.weight", 0) if whole is None else whole))
     tensors = [
         TensorSize(
             name=tensor.name,
@@ -416,6 +415,11 @@ def measure_weights(model: Any) -> dict[DeviceId, int]:
     seen: set[Any] = set()
 
     def add(tensor: Any, home: DeviceId) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):  # torchao's tensors are made of others
+            for name in tensor.__tensor_flatten__()[0]:
+                if isinstance(part := getattr(tensor, name), torch.Tensor):
+                    add(part, home)
+            return
         # Views of one piece of memory count once, whatever their shapes.
         identity = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.numel() * tensor.element_size())
         if identity not in seen and tensor.numel():

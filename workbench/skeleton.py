@@ -6,8 +6,8 @@ import copy
 import importlib.util
 import threading
 from collections import OrderedDict
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench import checkpoint
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from workbench.checkpoint import StoredTensor
+    from workbench.hardware import Machine
     from workbench.precision import Precision
 
 _K = TypeVar("_K")
@@ -127,6 +128,8 @@ class Skeleton:
         no_split_classes: Module classes that must stay on one device.
         quantized_as: How the checkpoint is quantized already, in words ("GPTQ 4-bit, groups of 128"), or None.
         stored: The same as one of our precisions; None for other methods.
+        unpacked_because: Why its weights are turned back into full precision while they are loaded; None if they are
+            not, as for every model before :meth:`on` has been asked.
         is_encoder_decoder: Whether it reads a prompt with an encoder and writes with a decoder (T5, BART): loaded with
             ``AutoModelForSeq2SeqLM`` in place of ``AutoModelForCausalLM``.
         config: The ``transformers`` config. Do not change it.
@@ -151,12 +154,51 @@ class Skeleton:
     is_encoder_decoder: bool
     config: Any = field(repr=False)
     model_class: Any = field(repr=False)
+    unpacked_because: str | None = None
     _variants: OrderedDict[Any, MetaModel] = field(default_factory=OrderedDict, repr=False)
+    _elsewhere: OrderedDict[str, Skeleton] = field(default_factory=OrderedDict, repr=False)
 
     @property
     def has_weights(self) -> bool:
         """Whether there are weight files to load, or only a config."""
         return bool(self.source.weight_files)
+
+    def on(self, machine: Machine) -> Skeleton:
+        """The same model as transformers loads it on a machine: some methods' weights are unpacked without a GPU."""
+        if self.quantized_as is None or self.unpacked_because is not None:
+            return self
+        reason = checkpoint.unpacked_because(self._stated, machine)
+        if reason is None:
+            return self
+        return _kept(
+            self._elsewhere,
+            reason,
+            lambda: replace(self, unpacked_because=reason, _variants=OrderedDict(), _elsewhere=OrderedDict()),
+        )
+
+    @property
+    def quant_method(self) -> str | None:
+        """The method of a checkpoint that is quantized already, as transformers spells it."""
+        return None if self.quantized_as is None else checkpoint.method_of(self._stated)
+
+    @property
+    def is_packed_otherwise(self) -> bool:
+        """Whether the weights that are loaded are quantized by a method that is none of our precisions."""
+        return self.quantized_as is not None and self.stored is None and self.unpacked_because is None
+
+    @property
+    def unpacks_when_run(self) -> bool:
+        """Whether the weights stay packed until the first forward and are then turned back into full precision."""
+        return self.is_packed_otherwise and self.quant_method == "compressed-tensors"
+
+    @property
+    def not_loadable_because(self) -> str | None:
+        """Why this machine cannot load a checkpoint that is quantized already, in transformers' words."""
+        return None if self.quantized_as is None else checkpoint.not_loadable_because(self._stated)
+
+    @property
+    def _stated(self) -> dict[str, Any]:
+        return checkpoint.as_dict(self.config.quantization_config)
 
     def meta_model(self, precision: Precision) -> MetaModel:
         """The module tree that ``from_pretrained`` would fill for a precision; built once for each.
@@ -172,6 +214,14 @@ class Skeleton:
                 raise ValueError(
                     f"{self.source.title} is quantized already ({self.quantized_as}), so it cannot be loaded as "
                     f"{precision.label}: pick full precision, which keeps it as it is, or the original model."
+                )
+            dtype = precision.dtype if isinstance(precision, FullPrecision) else "auto"
+            if self.unpacked_because is not None:
+                return self.plain_model(dtype)
+            if dtype not in ("auto", self.dtype):
+                raise ValueError(
+                    f"{self.source.title} is quantized already ({self.quantized_as}): dtype='auto' keeps it as it is, "
+                    f"{dtype} would not."
                 )
             precision = FullPrecision()
         return _kept(self._variants, precision, lambda: _build(self, precision))
@@ -362,9 +412,8 @@ def _build(skeleton: Skeleton, precision: Precision) -> MetaModel:
 def _build_stored(skeleton: Skeleton) -> MetaModel:
     """The module tree of a checkpoint that is quantized already: as it will be, or by what its files hold."""
     options = checkpoint.as_dict(skeleton.config.quantization_config)
-    if skeleton.stored is not None:
-        package = skeleton.stored.package
-        if package is None or importlib.util.find_spec(package) is not None:
+    if checkpoint.is_built(options):
+        with suppress(Exception):  # options that this version does not know: what the files hold, then
             return _build_meta(skeleton.model_class, skeleton.config, skeleton.dtype, options, prequantized=True)
     plain = skeleton.plain_model()
     try:
@@ -394,7 +443,7 @@ def _build_meta(
     quiet: AbstractContextManager[Any] = nullcontext()
     if quantization_config is not None:
         config.quantization_config = quantization_config
-        if prequantized and checkpoint.method_of(checkpoint.as_dict(quantization_config)) == "gptq":
+        if prequantized and checkpoint.method_of(checkpoint.as_dict(quantization_config)) in ("awq", "gptq"):
             from workbench.kernels import import_gptqmodel, quiet_optimum
 
             import_gptqmodel()

@@ -124,10 +124,11 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
         The estimate; None where something has no room, and for methods of which we know no timing: int8 on a GPU,
         GPTQ on a CPU.
     """
+    skeleton = skeleton.on(placement.machine)
     precision = placement.precision
     gpus = [d for d in placement.device_map.values() if d not in ("cpu", "disk")]
     unknown = isinstance(precision, Int8) if gpus else not isinstance(precision, (FullPrecision, Int8, FourBit))
-    if placement.unplaced or unknown:
+    if placement.unplaced or unknown or (not gpus and skeleton.is_packed_otherwise):
         return None
     known = known_calibration() if placement.machine.name == "This machine" else None
     cpu = known or _TYPICAL
@@ -169,8 +170,10 @@ def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | No
         Seconds; None where something has no room or nothing is known of the method. A disk whose speed is not known
         counts as one whose files are in memory already.
     """
+    skeleton = skeleton.on(placement.machine)
     precision = placement.precision
-    if placement.unplaced or not isinstance(precision, (FullPrecision, Int8, FourBit)):
+    known = isinstance(precision, (FullPrecision, Int8, FourBit)) and not skeleton.is_packed_otherwise
+    if placement.unplaced or not known:
         return None
     here = placement.machine.name == "This machine"
     cpu = (known_calibration() if here else None) or _TYPICAL

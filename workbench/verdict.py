@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from workbench.first_forward import bytes_once_run
 from workbench.hardware import DeviceId, device_label, format_bytes, parse_bytes
 from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.sizes import sizes_of, smaller_precisions
@@ -402,9 +403,7 @@ def _quantizes_little(placement: Placement, skeleton: Skeleton) -> list[str]:
     """Say it when a method leaves most of a model alone: fused experts, layers that are no plain nn.Linear."""
     precision = placement.precision
     if skeleton.quantized_as is not None:
-        if skeleton.stored is not None:
-            return []
-        return [f"Sizes are those of its files ({skeleton.quantized_as}), an estimate of what a load keeps."]
+        return _of_stored(placement, skeleton)
     if isinstance(precision, FullPrecision):
         return []
     tensors = sizes_of(skeleton, precision).tensors
@@ -417,6 +416,23 @@ def _quantizes_little(placement: Placement, skeleton: Skeleton) -> list[str]:
     share = f"{100 * untouched / whole:.0f} % of this model are {what} that {precision.package} does not quantize"
     change = f"{format_bytes(placement.total_bytes)} in place of {format_bytes(whole)}"
     return [f"{share}: as {precision.label} it takes {change}."]
+
+
+def _of_stored(placement: Placement, skeleton: Skeleton) -> list[str]:
+    """Say what becomes of a checkpoint that is quantized already."""
+    stated = skeleton.quantized_as
+    if skeleton.unpacked_because is not None:
+        change = f"unpacked to {placement.dtype} while they are loaded"
+        return [f"Its weights ({stated}) are {change}: {skeleton.unpacked_because}."]
+    found = []
+    if skeleton.meta_model(placement.recipe.precision).stored:
+        found.append(f"Sizes are those of its files ({stated}), an estimate of what a load keeps.")
+    if skeleton.unpacks_when_run:
+        once = bytes_once_run(placement, skeleton) or {}
+        found.append(f"It is unpacked when it first runs, to {format_bytes(sum(once.values()))}.")
+    if placement.machine.name == "This machine" and skeleton.not_loadable_because is not None:
+        found.append(f"It cannot be loaded here: {skeleton.not_loadable_because}.")
+    return found
 
 
 def _span(placement: Placement, layers: list[Layer]) -> str:

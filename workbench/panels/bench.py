@@ -19,13 +19,14 @@ from workbench.panels.quantize import QuantizePanel
 from workbench.panels.run import GeneratePanel, LoadPanel
 from workbench.panels.state import State
 from workbench.panels.tree import TreePanel
+from workbench.panels.what_if import WhatIfPanel
 from workbench.recipe import Recipe
 from workbench.session import Session
 
 if TYPE_CHECKING:
     from workbench.placement import Placement
 
-_TABS = ("Load", "Generate", "Quantize", "Layers", "Compare", "Code")
+_TABS = ("Load", "Generate", "Quantize", "Layers", "What if", "Compare", "Code")
 
 
 @refuses_unknown
@@ -54,19 +55,21 @@ class Workbench(w.VBox):
         self._tabs = classed(w.Tab(), "wb-tabs")
         self._code = CodePanel(state, in_view=lambda: self._sees("Code"))
         self._layers = TreePanel(state, in_view=lambda: self._sees("Layers"))
+        self._what_if = WhatIfPanel(state, in_view=lambda: self._sees("What if"))
         self._comparison = ComparePanel(state)
         self._tabs.children = [
             self._load.box,
             self._generate.box,
             self._quantize.box,
             self._layers.box,
+            self._what_if.box,
             self._comparison.box,
             self._code.box,
         ]
         for index, name in enumerate(_TABS):
             self._tabs.set_title(index, name)
         self._tabs.selected_index = 0
-        for each in (self._code, self._layers):
+        for each in (self._code, self._layers, self._what_if):
             self._tabs.observe(each.refresh, "selected_index")
         self._devices = DevicesPanel(state)
         self._precision = PrecisionPanel(state)
@@ -146,6 +149,7 @@ class Workbench(w.VBox):
         self._load.close()
         self._quantize.close()
         self._comparison.close()
+        self._what_if.close()
         self._preview.close()
         self._state.close()
         for part in list(whole_tree(self))[:-1]:

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 
 from workbench.compare import what_fits
-from workbench.hardware import format_bytes
+from workbench.hardware import device_label, format_bytes
 from workbench.panels.look import classed, close_tree, html, problem_line
 from workbench.panels.preview import VERDICTS, rate
 from workbench.panels.state import as_sentence
+from workbench.skeleton import read_skeleton
+from workbench.speed import predict_speed
 
 if TYPE_CHECKING:
     from workbench.compare import Fit
     from workbench.hardware import Machine
     from workbench.panels.state import State
+    from workbench.placement import Placement
     from workbench.recipe import Recipe
 
 
@@ -44,7 +47,12 @@ class ComparePanel:
         self._note = html("wb-note", "wb-compare-note")
         self._table = html("wb-compare-table")
         self._uses = classed(w.HBox([]), "wb-row", "wb-use-precision")
-        self.box = w.VBox([self.compare, problem_line(state, "compare"), self._note, self._table, self._uses])
+        self._pinned = html("wb-compare-table", "wb-pinned")
+        self.box = w.VBox(
+            [self._pinned, self.compare, problem_line(state, "compare"), self._note, self._table, self._uses]
+        )
+        state.observe(self._show_pinned, ["pinned", "placement"])
+        self._show_pinned()
         self.compare.on_click(state.guarded("compare", self._start))
         state.observe(self._show_age, ["recipe", "machine"])
 
@@ -52,6 +60,15 @@ class ComparePanel:
         """Wait for a comparison that is going on."""
         if self._thread is not None:
             self._thread.join()
+
+    def _show_pinned(self, _: object = None) -> None:
+        state = self._state
+        if state.pinned is None or state.placement is None:
+            told = "<div>Pin a placement below the picture to compare the next ones with it.</div>"
+        else:
+            told = differences_as_html(differences(state.pinned, state.placement))
+        if self._pinned.value != told:
+            self._pinned.value = told
 
     def _start(self, _: object) -> None:
         with self._state.lock:
@@ -96,6 +113,68 @@ class ComparePanel:
             and recipe.with_(precision=self._state.recipe.precision) == self._state.recipe
         )
         self._note.value = "" if same else "For choices that have changed since: compare again."
+
+
+def differences(pinned: Placement, now: Placement) -> list[tuple[str, str, str, str]]:
+    """What differs between a pinned placement and the present one.
+
+    Returns:
+        Rows of (what, pinned, now, difference), those that are the same left out; the difference is empty where there
+        is none to be counted.
+    """
+    rows = [
+        ("Model", str(pinned.recipe.model), str(now.recipe.model), ""),
+        ("Machine", pinned.machine.name, now.machine.name, ""),
+        ("Precision", pinned.precision.label, now.precision.label, ""),
+        ("Strategy", pinned.recipe.strategy, now.recipe.strategy, ""),
+        ("Verdict", VERDICTS[pinned.verdict][1], VERDICTS[now.verdict][1], ""),
+        _speeds(pinned, now),
+        _sizes("Weights", pinned.total_bytes, now.total_bytes),
+        _sizes("KV cache", pinned.kv_cache_bytes, now.kv_cache_bytes),
+    ]
+    for device in dict.fromkeys((*pinned.memory, *now.memory)):
+        a, b = pinned.memory.get(device), now.memory.get(device)
+        for what, attribute in (("limit", "limit_bytes"), ("weights", "weight_bytes"), ("in use", "used_bytes")):
+            sizes = [getattr(memory, attribute) if memory else None for memory in (a, b)]
+            rows.append(_sizes(f"{device_label(device)} {what}", *sizes))
+    rows.append(_sizes("Fetched a token", *(sum(x.bytes_after for x in p.waiting) for p in (pinned, now))))
+    rows.append(("Crossings", str(pinned.crossings), str(now.crossings), ""))
+    homes = {layer.name: layer.device for layer in pinned.layers}
+    elsewhere = [x.name for x in now.layers if x.name in homes and homes[x.name] != x.device]
+    if elsewhere:
+        named = ", ".join(elsewhere[:3]) + (" ..." if len(elsewhere) > 3 else "")
+        rows.append(("Layers elsewhere", "", f"{len(elsewhere)}: {named}", ""))
+    return [row for row in rows if row[1] != row[2] or row[3]]
+
+
+def _sizes(what: str, a: int | None, b: int | None) -> tuple[str, str, str, str]:
+    said = ["unknown" if size is None else format_bytes(size) for size in (a, b)]
+    if what.startswith(("cuda", "mps", "cpu", "disk")):
+        said = ["not used" if size is None else text for size, text in zip((a, b), said, strict=True)]
+    off = "" if a is None or b is None or a == b else f"{b - a:+,} bytes"
+    return (what, *said, off)
+
+
+def _speeds(pinned: Placement, now: Placement) -> tuple[str, str, str, str]:
+    speeds = [predict_speed(each, read_skeleton(each.recipe.model)) for each in (pinned, now)]
+    said = ["no estimate" if speed is None else f"est. {rate(speed.tokens_per_second)} tok/s" for speed in speeds]
+    factor = ""
+    if speeds[0] is not None and speeds[1] is not None and said[0] != said[1]:
+        factor = f"x {speeds[1].tokens_per_second / speeds[0].tokens_per_second:.2g}"
+    return ("Speed", *said, factor)
+
+
+def differences_as_html(rows: list[tuple[str, str, str, str]]) -> str:
+    """The same as a table."""
+    if not rows:
+        return "<div>Pinned: nothing differs from it yet.</div>"
+    lines = "".join(
+        f"<tr><td>{escape(what)}</td><td>{escape(a)}</td><td>{escape(b)}</td>"
+        f'<td class="wb-number">{escape(off)}</td></tr>'
+        for what, a, b, off in rows
+    )
+    head = '<tr><th></th><th>Pinned</th><th>Now</th><th class="wb-number">Difference</th></tr>'
+    return f"<table>{head}{lines}</table>"
 
 
 def fits_as_html(fits: tuple[Fit, ...]) -> str:

@@ -97,6 +97,8 @@ class DevicesPanel:
             "wb-reset",
         )
         self.reset.layout.width = "auto"
+        self._known = {state.machine.name: state.machine}  # those that are no presets, to come back to
+        self.own = OwnMachine(state, self._take_own)
         self.box = panel(
             "Devices",
             [
@@ -104,6 +106,7 @@ class DevicesPanel:
                 self.strategy,
                 self._rows_box,
                 self.reset,
+                self.own.box,
                 advanced(state),
                 problem_line(state, "devices"),
             ],
@@ -128,18 +131,24 @@ class DevicesPanel:
 
     def _machines(self) -> tuple[str, ...]:
         names = (THIS_MACHINE, *Machine.presets())
-        own = self._state.machine.name
-        return names if own in names else (own, *names)
+        return (*(name for name in self._known if name not in names), *names)
 
     def _machine_shown(self) -> str:
         name = str(self._state.machine.name)
+        self._known[name] = self._state.machine
         if name not in self.machine.options:
             self.machine.options = self._machines()
         return name
 
     def _pick_machine(self, name: str) -> None:
-        machine = _this_machine() if name == THIS_MACHINE else Machine.preset(name)
+        if name == THIS_MACHINE:
+            machine = _this_machine()
+        else:
+            machine = Machine.preset(name) if name in Machine.presets() else self._known[name]
         # The old budgets were for other devices.
+        self._state.update(machine=machine, max_memory=None, **self._without_custom())
+
+    def _take_own(self, machine: Machine) -> None:
         self._state.update(machine=machine, max_memory=None, **self._without_custom())
 
     def _without_custom(self) -> dict[str, Any]:
@@ -263,6 +272,66 @@ class DevicesPanel:
         ]
         self.rows[device.label] = {"use": use, "slider": slider, "text": text}
         return classed(w.Box([use, slider, text, note]), "wb-device")
+
+
+class OwnMachine:
+    """A machine put together by hand, folded away.
+
+    Attributes:
+        box: What is shown.
+        fields: Its numbers, by name.
+        use: The button that plans for it.
+    """
+
+    def __init__(self, state: State, take: Callable[[Machine], None]) -> None:
+        self._take = take
+        self.fields = {
+            name: classed(kind(description=label, value=value, min=0, tooltip=tip), f"wb-own-{name}", "wb-wide")
+            for name, kind, label, value, tip in (
+                ("gpus", w.BoundedIntText, "GPUs", 1, "How many GPUs"),
+                ("gpu_gib", w.BoundedFloatText, "GiB each", 24.0, "Memory of each GPU in GiB"),
+                ("gpu_gb_s", w.BoundedFloatText, "GB/s each", 900.0, "Memory bandwidth of each GPU, by its data sheet"),
+                ("ram_gib", w.BoundedFloatText, "RAM in GiB", 64.0, "All the RAM in GiB"),
+                ("disk_gib", w.BoundedFloatText, "Disk in GiB", 500.0, "Free space on the disk in GiB"),
+            )
+        }
+        for name, field in self.fields.items():
+            field.max = 64 if name == "gpus" else 1e6
+        self.use = classed(
+            w.Button(description="Plan for it", tooltip="Plan for a machine with these devices"), "wb-own-use"
+        )
+        self.use.on_click(state.guarded("devices", lambda _: self._take(self.machine())))
+        box = w.VBox([*self.fields.values(), self.use])
+        self.box = classed(w.Accordion([box], titles=("A machine of your own",)), "wb-advanced", "wb-own")
+        self.box.selected_index = None
+
+    def machine(self) -> Machine:
+        """The machine as its fields describe it."""
+        number = {name: field.value for name, field in self.fields.items()}
+        gpu = {
+            "name": "GPU",
+            "kept": min(number["gpu_gib"], 1.0),
+            "kept_for": "CUDA context and allocator slack (estimate)",
+            "bandwidth": round(number["gpu_gb_s"] * 1e9) or None,
+        }
+        devices = [_own(i, number["gpu_gib"], **gpu) for i in range(int(number["gpus"]))]
+        ram = min(number["ram_gib"] / 4, 5.0)
+        devices.append(_own("cpu", number["ram_gib"], "RAM", ram, "operating system and notebook (typical)"))
+        devices.append(_own("disk", number["disk_gib"], "Disk", number["disk_gib"] / 10, "other programs (typical)"))
+        return Machine(name="My machine", devices=tuple(devices))
+
+
+def _own(id_: int | str, gib: float, name: str, kept: float, kept_for: str, bandwidth: int | None = None) -> Device:
+    return Device(
+        id=id_,
+        name=name,
+        total_bytes=round(gib * _GIB),
+        free_bytes=round(gib * _GIB),
+        reserved_bytes=round(kept * _GIB),
+        reserved_for=kept_for,
+        bandwidth_bytes_per_s=bandwidth,
+        source="as you said",
+    )
 
 
 def _this_machine() -> Machine:

@@ -36,7 +36,7 @@ def tied_with(layers: Iterable[str], skeleton: Skeleton) -> tuple[str, ...]:
     wanted = set(layers)
     unknown = wanted - set(known)
     if unknown:
-        raise ValueError(f"{skeleton.architecture} has no layer {sorted(unknown)[0]!r}: pick one of the chart's.")
+        raise ValueError(f"{skeleton.architecture} has no layer {min(unknown)!r}: pick one of the chart's.")
     pairs = [
         {name for name in known if any(tensor.startswith(f"{name}.") for tensor in pair)}
         for pair in skeleton.tied.items()
@@ -81,7 +81,7 @@ def moved_map(placement: Placement, skeleton: Skeleton, layers: Iterable[str], d
         else:
             home = device_of(block.name, before)
             result[block.name] = rest if home is None else home
-    for tensor in sizes_of(skeleton, placement.recipe.precision).tensors:
+    for tensor in sizes_of(skeleton.on(placement.machine), placement.recipe.precision).tensors:
         if not tensor.is_buffer and device_of(tensor.name, result) is None:  # it hangs on no block
             home = device_of(tensor.name, before)
             result[tensor.name] = rest if home is None else home

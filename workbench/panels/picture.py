@@ -280,7 +280,9 @@ def _label(device: DeviceId | None) -> str:
 def _ties(skeleton: Skeleton | None) -> dict[str, str]:
     """Layer name to the name of the layer that it shares a tensor with, both ways."""
     ties: dict[str, str] = {}
-    for copy, original in {} if skeleton is None else skeleton.tied.items():
+    if skeleton is None:
+        return ties
+    for copy, original in skeleton.tied.items():
         ends = [
             next((b.name for b in skeleton.blocks if name.startswith(f"{b.name}.")), "") for name in (copy, original)
         ]
@@ -393,21 +395,46 @@ def _ticks(names: list[str], width_px: int) -> tuple[int, ...]:
 
 def spec_as_html(spec: ChartSpec) -> str:
     """The same picture without plotly: what is shown until plotly is there, and instead of it where it cannot be."""
+    across = f"left:{LEFT_PX}px;right:{RIGHT_PX}px"
+    bar_px = bar_height_px(len(spec.bars))
     rows = []
-    for bar in spec.bars:
+    for row, bar in enumerate(spec.bars):
+        top = bar_top_px(row, len(spec.bars))
         parts = "".join(
             f'<span title="{escape(kind)}: {size:,} bytes" style="width:{100 * size / bar.width_bytes:.2f}%;'
             f'background:{bar.colour};opacity:{alpha(kind)}"></span>'
             for (kind, _), size in zip(KINDS, bar.part_bytes, strict=True)
         )
-        rows.append(f'<div class="wb-plain-text">{bar.text}</div><div class="wb-plain-bar">{parts}</div>')
+        rows.append(
+            f'<div class="wb-plain-text" style="top:{top - 18:.1f}px;{across}">{bar.text}</div>'
+            f'<div class="wb-plain-bar" style="top:{top:.1f}px;height:{bar_px:.1f}px;{across}">{parts}</div>'
+        )
     highest = max((block.size_bytes for block in spec.blocks), default=1) or 1
     blocks = "".join(
         f'<span title="{escape(b.name)} on {escape(b.device_label)}: {b.size_bytes:,} bytes" '
         f'style="height:{max(2, 100 * b.size_bytes / highest):.0f}%;background:{b.colour}"></span>'
         for b in spec.blocks
     )
-    return f'{"".join(rows)}<div class="wb-plain-layers" style="height:{LAYERS_PX}px">{blocks}</div>'
+    top = layers_top_px(len(spec.bars))
+    return (
+        f'<div class="wb-plain-picture" style="height:{spec.height_px}px">{"".join(rows)}'
+        f'<div class="wb-plain-layers" style="top:{top}px;height:{LAYERS_PX}px;{across}">{blocks}</div></div>'
+    )
+
+
+def bar_height_px(rows: int) -> float:
+    """How thick a device's bar is."""
+    return 0.42 * rows * BAR_PX / (rows + 0.12)
+
+
+def bar_top_px(row: int, rows: int) -> float:
+    """Where a device's bar begins, from the top of the figure."""
+    return TOP_PX + (row + 0.62 - 0.21) * rows * BAR_PX / (rows + 0.12)
+
+
+def layers_top_px(rows: int) -> int:
+    """Where the layers' part begins, from the top of the figure."""
+    return TOP_PX + rows * BAR_PX + GAP_PX
 
 
 def alpha(kind: str) -> float:
@@ -425,18 +452,17 @@ def overlay(spec: ChartSpec, steps_gib: Mapping[str, tuple[float, float]]) -> di
         steps_gib: For each device label the largest limit and the step in which it moves, both in GiB.
     """
     rows, count = len(spec.bars), len(spec.blocks)
-    pitch_px = rows * BAR_PX / (rows + 0.12)
     return {
         "left": LEFT_PX,
         "right": RIGHT_PX,
-        "layers_top": TOP_PX + rows * BAR_PX + GAP_PX,
+        "layers_top": layers_top_px(rows),
         "layers_height": LAYERS_PX,
-        "bar_height": 0.42 * pitch_px,
+        "bar_height": bar_height_px(rows),
         "bars": [
             {
                 "label": bar.label,
                 "colour": bar.colour,
-                "top": TOP_PX + (row + 0.62 - 0.21) * pitch_px,
+                "top": bar_top_px(row, rows),
                 "width_bytes": bar.width_bytes,
                 "limit_bytes": bar.limit_bytes,
                 "most_gib": steps_gib[bar.label][0],

@@ -45,10 +45,10 @@ class PreviewPanel:
         self._verdict = html("wb-verdict")
         self._doing = html("wb-doing")
         self._plain = html("wb-plain")
-        self._holder = classed(w.Box([self._plain]), "wb-chart")
         self._why_plain = html("wb-note")
         self.advice = AdviceList(state)
         self.hands = Hands(state)
+        self._holder = classed(w.Box([self._plain, self.hands.touch]), "wb-chart")
         self._live = Live(state, self.hands.touch)
         self._key = html("wb-key", value=_key(by_kind=False))
         self.box = panel(
@@ -138,11 +138,11 @@ class PreviewPanel:
             spec = self._spec(placement)
             if self._holder.layout.height != f"{spec.height_px}px":
                 self._holder.layout.height = f"{spec.height_px}px"
+            self.hands.draw(spec)
             if self.chart is None:
                 self._plain.value = spec_as_html(spec)
                 return
             self.chart.show(spec, dark=self.page.dark, width_px=self.page.width_px)
-            self.hands.draw(spec)
             shown = (self.chart.figure, self.hands.touch)
             if self._holder.children != shown:  # made and shown in different steps: Colab needs that
                 self._holder.children = shown
@@ -154,7 +154,7 @@ class PreviewPanel:
         same = loaded and session.recipe == placement.recipe
         kinds = None
         if self.hands.kinds.value and skeleton is not None:
-            kinds = kinds_by_block(sizes_of(skeleton, placement.recipe.precision))
+            kinds = kinds_by_block(sizes_of(skeleton.on(placement.machine), placement.recipe.precision))
         return chart_spec(
             placement,
             width_px=self.page.width_px,

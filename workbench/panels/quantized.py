@@ -41,7 +41,7 @@ class QuantizedView:
         self._report: QuantizeReport | None = None
         self.figure: Any = None
         self._text = html("wb-quantize-report")
-        self._holder = classed(w.Box([]), "wb-chart", "wb-quantize-chart")
+        self._holder = classed(w.Box([]), "wb-quantize-chart")
         self.box = w.VBox([self._text, self._holder])
         page.observe(lambda _: self.show(self._report), "dark")
         page.observe(self._fit, "width_px")
@@ -127,8 +127,8 @@ def report_as_html(report: QuantizeReport, without_figure: str = "") -> str:
         report: The report.
         without_figure: Why there is no figure, so that the table of errors is open; empty if there is one.
     """
-    change = report.after_bytes / report.before_bytes
-    rows = [_row("Weights", _size(report.before_bytes), _size(report.after_bytes), f"{change:.0%} of it")]
+    change = report.after_bytes / report.before_bytes - 1
+    rows = [_row("Weights", _size(report.before_bytes), _size(report.after_bytes), f"{change:+.0%}")]
     before, after = report.perplexity_before, report.perplexity_after
     if before is not None and after is not None:
         rows.append(_row("Perplexity", f"{before:.3f}", f"{after:.3f}", f"{after / before - 1:+.1%}"))
@@ -145,19 +145,20 @@ def report_as_html(report: QuantizeReport, without_figure: str = "") -> str:
         "<div>Skipping them leaves them as they are: less error, more room. Then quantize again.</div>"
         f'<div class="wb-scroll">{notes}</div>{missing}'
         f"<details{' open' if without_figure else ''}><summary>Output error in each layer</summary>"
-        f'<div class="wb-scroll">{_errors_as_html(error_series(report))}</div></details>'
+        f'<div class="wb-scroll" tabindex="0" role="region" aria-label="Output error in each layer">'
+        f"{_errors_as_html(error_series(report))}</div></details>"
     )
 
 
 def _errors_as_html(series: dict[str, list[float | None]]) -> str:
     head = "".join(f'<th class="wb-number">{escape(kind)}</th>' for kind in series)
     rows = (
-        f"<tr><td>{layer}</td>"
+        f'<tr><td class="wb-number">{layer}</td>'
         + "".join(f'<td class="wb-number">{"" if e is None else f"{e:.2%}"}</td>' for e in errors)
         + "</tr>"
         for layer, errors in enumerate(zip(*series.values(), strict=True))
     )
-    return f"<table><tr><th>layer</th>{head}</tr>{''.join(rows)}</table>"
+    return f'<table><tr><th class="wb-number">layer</th>{head}</tr>{"".join(rows)}</table>'
 
 
 def _row(name: str, *cells: str) -> str:

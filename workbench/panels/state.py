@@ -11,7 +11,7 @@ from traitlets import Dict, HasTraits, Instance, Unicode
 
 from workbench.hardware import Device, DeviceId, Machine, parse_bytes
 from workbench.placement import Placement, place
-from workbench.precision import FullPrecision
+from workbench.precision import GPTQ, FullPrecision
 from workbench.recipe import Recipe
 from workbench.session import Session
 from workbench.skeleton import Skeleton, read_skeleton
@@ -300,7 +300,9 @@ class State(HasTraits):
 
     def _keep_quantized(self, recipe: Recipe, skeleton: Skeleton) -> bool:
         """Take a checkpoint that is quantized already as it is, whatever was chosen for another model, and say so."""
-        if skeleton.quantized_as is None or isinstance(recipe.precision, (FullPrecision, type(skeleton.stored))):
+        both_gptq = isinstance(recipe.precision, GPTQ) and isinstance(skeleton.stored, GPTQ)
+        kept = recipe.precision == FullPrecision() or both_gptq
+        if skeleton.quantized_as is None or kept:
             return False
         with self.lock:
             if self.recipe == recipe:

@@ -70,10 +70,14 @@ export default {
     };
     const place = (what, index) => {
       const box = el.clientWidth - picture.left - picture.right;
-      const middle = picture.left + (box * (left(index) + wide(1) / 2)) / 100;
-      what.style.left = `${Math.max(0, Math.min(middle - what.offsetWidth / 2, el.clientWidth - what.offsetWidth))}px`;
-      what.style.top = what === tip ? "" : `${picture.layers_top + 20}px`;
-      if (what === tip) what.style.bottom = `${el.clientHeight - picture.layers_top + 6}px`;
+      const side = what === tip ? left(index) + wide(1) / 2 : left(Math.max(from, to) + 1);
+      const begin = picture.left + (box * side) / 100 + (what === tip ? -what.offsetWidth / 2 : 6);
+      let edge = Math.max(0, Math.min(begin, el.clientWidth - what.offsetWidth));
+      const before = picture.left + (box * left(Math.min(from, to))) / 100 - what.offsetWidth - 6;
+      if (what === menu && begin > edge && before >= 0) edge = before; // beside what is chosen, not on it
+      what.style.left = `${edge}px`;
+      if (what === tip) what.style.bottom = `${el.clientHeight - picture.layers_top + 26}px`;
+      else what.style.top = `${picture.layers_top + 8}px`;
     };
     const move = (device) => {
       if (from < 0) return;
@@ -97,8 +101,7 @@ export default {
       options.forEach((option, index) => {
         const label = `${picture.names[index]} on ${picture.homes[index]}, ${picture.sizes[index]}`;
         if (option.getAttribute("aria-label") !== label) option.setAttribute("aria-label", label);
-        const near = picture.tied.includes(index) ? "=" : "";
-        if (option.textContent !== near) option.textContent = near;
+        option.classList.toggle("wb-tied", picture.tied.includes(index));
         option.classList.toggle("wb-whole", picture.whole.includes(index));
         option.style.left = `${left(index)}%`;
         option.style.width = `${wide(1)}%`;
@@ -262,6 +265,7 @@ export default {
         scale = 0;
         delete held[label];
         handle.classList.remove("wb-held");
+        setTimeout(() => { if (!scale) drawLimit(bar()); }, 500); // back, should it have been refused
         say(`Limit of ${label} ${handle.getAttribute("aria-valuetext")}`);
       };
       handle.addEventListener("pointerup", letGo);

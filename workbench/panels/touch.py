@@ -65,9 +65,8 @@ class Hands:
             "wb-tool",
         )
         self._said = html("wb-hand-said")
-        self.bar = classed(
-            w.Box([self.undo, self.redo, self.auto, self.pin, self.kinds, self._said]), "wb-row", "wb-tools"
-        )
+        tools = classed(w.Box([self.undo, self.redo, self.auto, self.pin, self.kinds]), "wb-row", "wb-tools")
+        self.bar = w.VBox([tools, self._said])
         self.touch.on_msg(self._on_message)
         self.touch.observe(state.guarded("preview", self._drag_limit), "limit")
         self.undo.on_click(state.guarded("preview", lambda _: self._travel("undo")))
@@ -129,7 +128,7 @@ class Hands:
 
     def _device(self, label: str) -> DeviceId:
         devices = self._state.machine.devices
-        found = next((d.id for d in devices if d.label == label), None)
+        found: DeviceId | None = next((d.id for d in devices if d.label == label), None)
         if found is None:
             raise ValueError(f"There is no {label} here: there is {', '.join(d.label for d in devices)}.")
         return found

@@ -228,7 +228,7 @@ class TreePanel:
                 self.tree.note = f"{more} more rows: search, or close some." if more else ""
 
     def _rows(self, placement: Placement, skeleton: Skeleton) -> tuple[list[dict[str, Any]], int]:
-        sizes = sizes_of(skeleton, placement.recipe.precision)
+        sizes = sizes_of(skeleton.on(placement.machine), placement.recipe.precision)
         if self._root is None or self._root[0] is not sizes:
             self._root = sizes, module_tree(sizes)
         return visible_rows(self._root[1], self.tree.opened, self.tree.search, placement.device_map)
