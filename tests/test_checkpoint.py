@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
+from architectures import save_model
 from hub_server import HubServer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import workbench as wb
-from workbench.checkpoint import describe, owner_of, stored_tensors
+from workbench.checkpoint import describe, not_loadable_because, owner_of, stored_tensors
+from workbench.first_forward import bytes_once_run
 from workbench.sizes import measure_weights
 
 if TYPE_CHECKING:
@@ -112,7 +117,7 @@ def test_gptq_is_previewed_before_it_is_made(tiny_llama: Path) -> None:
         wb.load(recipe(tiny_llama, precision=wb.GPTQ(group_size=32)))
 
 
-# --- methods whose library is not here: what the files hold -----------------------------------------------------------
+# --- other methods ----------------------------------------------------------------------------------------------------
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "fp8": ({"quant_method": "fp8", "weight_block_size": [32, 32]}, "fp8"),
@@ -124,8 +129,8 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def save_packed(method: str, tiny_llama: Path, folder: Path) -> int:
-    """The tiny Llama with its layers' matrices in another method's tensors, of the right names and types.
+def save_packed(method: str, original: Path, folder: Path) -> int:
+    """A model with its layers' matrices in another method's tensors, of the right names and types.
 
     Returns:
         The bytes of all tensors.
@@ -133,9 +138,13 @@ def save_packed(method: str, tiny_llama: Path, folder: Path) -> int:
     from safetensors.torch import load_file, save_file
 
     tensors = {}
-    for name, weight in load_file(tiny_llama / "model.safetensors").items():
+    for name, weight in load_file(original / "model.safetensors").items():
         owner, rows, columns = name.removesuffix(".weight"), *(weight.shape if weight.dim() == 2 else (0, 0))
-        if ".layers." not in name or weight.dim() != 2:
+        if method == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")):
+            experts, columns, rows = weight.shape
+            tensors[f"{name}_blocks"] = torch.zeros(experts, rows, columns // 32, 16, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.full((experts, rows, columns // 32), 127, dtype=torch.uint8)
+        elif ".layers." not in name or weight.dim() != 2 or "norm" in name or ".gate.weight" in name:
             tensors[name] = weight
         elif method == "fp8":
             tensors[name] = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
@@ -144,49 +153,164 @@ def save_packed(method: str, tiny_llama: Path, folder: Path) -> int:
             tensors[f"{owner}.qweight"] = torch.zeros(columns, rows // 8, dtype=torch.int32)
             tensors[f"{owner}.qzeros"] = torch.zeros(columns // 32, rows // 8, dtype=torch.int32)
             tensors[f"{owner}.scales"] = torch.zeros(columns // 32, rows, dtype=torch.float16)
-        else:
+        elif method == "compressed-tensors":
             tensors[f"{owner}.weight_packed"] = torch.zeros(rows, columns // 8, dtype=torch.int32)
             tensors[f"{owner}.weight_scale"] = torch.zeros(rows, columns // 32, dtype=torch.bfloat16)
-            tensors[f"{owner}.weight_shape"] = torch.zeros(2, dtype=torch.int64)
+            tensors[f"{owner}.weight_shape"] = torch.tensor([rows, columns])
+        else:
+            tensors[name] = weight
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((tiny_llama / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": OTHERS[method][0]}))
+    config = json.loads((original / "config.json").read_text())
+    stated = OTHERS[method][0] if method in OTHERS else {"quant_method": method, "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stated}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if (original / file).is_file():
+            shutil.copy(original / file, folder)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("method", OTHERS)
-def test_other_methods_are_previewed_by_what_their_files_hold(method: str, tiny_llama: Path, tmp_path: Path) -> None:
-    in_files = save_packed(method, tiny_llama, tmp_path)
+def check_load_and_maps(folder: Path) -> wb.Session:
+    """Loaded bytes are the previewed ones, on one device and on two, and the map of two is transformers'."""
+    session = wb.load(recipe(folder))
+    assert session.load_report.matches, session.load_report.lines
+    budgets: dict[Any, Any] = {"cpu": 6 * session.placement.total_bytes // 10, "disk": "1GiB"}
+    asked = recipe(folder, max_memory=budgets)
+    split = wb.load(asked)
+    assert split.load_report.matches, split.load_report.lines
+    assert split.load_report.measured_bytes["disk"]
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map="auto", max_memory=budgets, offload_folder=str(folder / "offload")
+    )
+    assert model.hf_device_map == split.placement.device_map
+    assert measure_weights(model) == split.load_report.measured_bytes
+    split.unload()
+    return session
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("method", "model_type"), [("fp8", "llama"), ("fp8", "deepseek_v3"), ("mxfp4", "gpt_oss")])
+def test_what_runs_on_gpus_alone_is_unpacked_on_the_cpu(method: str, model_type: str, tmp_path: Path) -> None:
+    save_model(model_type, tmp_path / "original")
+    in_files = save_packed(method, tmp_path / "original", tmp_path / "packed")
+    folder = tmp_path / "packed"
+    session = check_load_and_maps(folder)
+    assert f"unpacked to bfloat16 while they are loaded: {method} runs on GPUs only" in session.placement.summary
+    assert session.placement.total_bytes == wb.place(recipe(tmp_path / "original")).total_bytes
+    session.model(torch.arange(8)[None])
+    assert bytes_once_run(session.placement, session.skeleton) == measure_weights(session.model)
+    session.unload()
+    assert wb.place(recipe(folder, precision=wb.FullPrecision(dtype="float32"))).dtype == "float32"
+    # On a GPU that has the kernels they stay as they are in the files; beside them, the buffers that no file holds.
+    box = wb.Machine.preset("H100 80 GB")
+    placement = wb.place(recipe(folder, max_memory=None), machine=box)
+    skeleton = wb.read_skeleton(str(folder))
+    module = skeleton.plain_model().module
+    saved = module.state_dict().keys()
+    unsaved = sum(b.numel() * b.element_size() for name, b in module.named_buffers() if name not in saved)
+    assert placement.total_bytes == in_files + unsaved
+    assert {layer.quantized for layer in placement.layers if "Decoder" in layer.class_name} == {True}
+    with pytest.raises(ValueError, match="dtype='auto' keeps it as it is, float32 would not"):
+        wb.place(recipe(folder, max_memory=None, precision=wb.FullPrecision(dtype="float32")), machine=box)
+
+
+def test_old_gpus_have_no_fp8(tiny_llama: Path, tmp_path: Path) -> None:
+    in_files = save_packed("fp8", tiny_llama, tmp_path)
+    for name, packed in (("Colab T4", False), ("RTX 3090", False), ("A100 80 GB", False), ("L4", True)):
+        placement = wb.place(recipe(tmp_path, max_memory=None), machine=wb.Machine.preset(name))
+        assert (placement.total_bytes == in_files + 64) == packed
+        assert ("is too old for fp8" in placement.summary) != packed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_awq_is_loaded_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
+    in_files = save_packed("awq", tiny_llama, tmp_path)
+    session = check_load_and_maps(tmp_path)
+    assert session.skeleton.quantized_as == "AWQ 4-bit, groups of 32"
+    assert session.placement.total_bytes == in_files + 64
+    layers = {layer.name: layer for layer in session.placement.layers}
+    assert layers["model.layers.0"].quantized
+    assert layers["model.layers.0"].bytes_after < layers["model.layers.0"].bytes_before == 73_984
+    assert not layers["lm_head"].quantized
+    assert isinstance(session.generate("Hello", max_new_tokens=2), str)
+    assert bytes_once_run(session.placement, session.skeleton) == measure_weights(session.model)
+    session.unload()
+    with pytest.raises(ValueError, match=r"is quantized already \(AWQ"):
+        wb.place(recipe(tmp_path, precision=wb.FourBit()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao_is_previewed_by_its_files(name: str, tmp_path: Path) -> None:
+    import torchao.quantization
+
+    save_model("llama", tmp_path / "original")
+    options = transformers.TorchAoConfig(getattr(torchao.quantization, name)())
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "original", quantization_config=options, device_map={"": "cpu"}, dtype="auto"
+    )
+    model.save_pretrained(tmp_path / "packed")
+    session = wb.load(recipe(tmp_path / "packed"))
+    assert session.skeleton.quantized_as == "torchao"
+    assert session.load_report.matches, session.load_report.lines
+    assert "Sizes are those of its files (torchao)" in session.placement.summary
+    assert session.placement.total_bytes < wb.place(recipe(tmp_path / "original")).total_bytes
+    session.model(torch.arange(8)[None])
+    assert bytes_once_run(session.placement, session.skeleton) == measure_weights(session.model)
+    session.unload()
+
+
+def test_a_method_whose_library_is_not_here(tiny_llama: Path, tmp_path: Path) -> None:
+    assert importlib.util.find_spec("compressed_tensors") is None
+    in_files = save_packed("compressed-tensors", tiny_llama, tmp_path)
     skeleton = wb.read_skeleton(str(tmp_path))
-    assert skeleton.quantized_as == OTHERS[method][1]
+    assert skeleton.quantized_as == "compressed-tensors, pack-quantized"
     placement = wb.place(recipe(tmp_path))
-    rotary = 2 * 4 * 8  # the buffers that no file holds
-    assert placement.total_bytes == in_files + rotary
-    assert f"Sizes are those of its files ({OTHERS[method][1]}), an estimate" in placement.summary
+    assert placement.total_bytes == in_files + 64  # the buffers that no file holds
+    assert "Sizes are those of its files (compressed-tensors, pack-quantized), an estimate" in placement.summary
+    assert re.search(r"It cannot be loaded here: .*compressed.tensors", placement.summary)
     layers = {layer.name: layer for layer in placement.layers}
     assert layers["model.layers.0"].quantized
-    assert layers["model.layers.0"].bytes_after < layers["model.layers.0"].bytes_before
+    assert layers["model.layers.0"].bytes_after < layers["model.layers.0"].bytes_before == 73_984
     assert not layers["lm_head"].quantized
+    # By hand: unpacked at the first forward, beside a bfloat16 scale for 32 weights and two int64 for each matrix.
+    scales = 2 * (2 * (2 * 4096 + 2 * 2048 + 3 * 8192) // 32 + 2 * 7 * 8)
+    assert bytes_once_run(placement, skeleton) == {"cpu": 279_168 + 64 + scales}
+    with pytest.raises(
+        ValueError, match=r"is quantized \(compressed-tensors, pack-quantized\), and this machine cannot"
+    ):
+        wb.load(recipe(tmp_path))
+    assert wb.predict_speed(placement, skeleton) is None
+    assert wb.predict_load_seconds(placement, skeleton) is None
     # The map follows the packed sizes: both layers together are smaller than one would be in bfloat16.
     packed = 2 * layers["model.layers.0"].bytes_after
-    outside = placement.total_bytes - packed
     box = wb.Machine.preset("Kaggle 2x T4")
-    asked = recipe(tmp_path, max_memory={0: outside + packed + 1000, "cpu": "4GiB"}, strategy="packed")
-    assert set(wb.place(asked, machine=box).device_map.values()) == {0}
+    budgets = {0: placement.total_bytes + 1000, "cpu": "4GiB"}
+    assert packed < 73_984
+    elsewhere = wb.place(recipe(tmp_path, max_memory=budgets, strategy="packed"), machine=box)
+    assert set(elsewhere.device_map.values()) == {0}
+    assert "It cannot be loaded here" not in elsewhere.summary
     with pytest.raises(ValueError, match="is quantized already"):
         wb.place(recipe(tmp_path, precision=wb.FourBit()))
 
 
+@pytest.mark.parametrize(("method", "words"), [("fbgemm_fp8", "GPU"), ("something-new", "something-new")])
+def test_why_it_cannot_be_loaded_is_said_in_the_librarys_words(method: str, words: str, tiny_llama: Path) -> None:
+    reason = not_loadable_because({"quant_method": method})
+    assert reason is not None
+    assert words in reason
+    assert wb.read_skeleton(str(tiny_llama)).not_loadable_because is None
+
+
 def test_over_the_hub_only_headers_travel(tiny_llama: Path, tmp_path: Path) -> None:
-    in_files = save_packed("fp8", tiny_llama, tmp_path / "model")
+    in_files = save_packed("compressed-tensors", tiny_llama, tmp_path / "model")
     code = (
         "import json, workbench as wb\n"
-        "recipe = wb.Recipe(model='org/fp8', max_memory={'cpu': '4GiB'}, workload=wb.Workload(context_length=16))\n"
+        "recipe = wb.Recipe(model='org/packed', max_memory={'cpu': '4GiB'}, workload=wb.Workload(context_length=16))\n"
         "placement = wb.place(recipe)\n"
         "print(json.dumps([placement.total_bytes, placement.summary]))"
     )
-    with HubServer(repos={"org/fp8": tmp_path / "model"}) as hub:
+    with HubServer(repos={"org/packed": tmp_path / "model"}) as hub:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code],
             env=hub.env(tmp_path / "cache"),
@@ -201,13 +325,13 @@ def test_over_the_hub_only_headers_travel(tiny_llama: Path, tmp_path: Path) -> N
         assert all(request.range is not None for request in asked)
         assert hub.sent_bytes(".safetensors") <= max(2 * (header + 8), 250_000)
     assert total == in_files + 64
-    assert "fp8" in summary
+    assert "compressed-tensors" in summary
 
 
 def test_a_quantized_config_without_weights_says_what_is_missing(tiny_llama: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_llama / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(ValueError, match=r"is quantized \(AWQ\)\. .* has no safetensors files whose headers"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(ValueError, match=r"is quantized \(HQQ\)\. .* has no safetensors files whose headers"):
         wb.place(recipe(tmp_path))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import workbench as wb
 from workbench import cli
-from workbench.show import as_page, as_text
+from workbench.show import WORDS, as_page, as_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,10 +144,20 @@ def test_the_printed_program_runs(tiny_llama: Path, tmp_path: Path) -> None:
         ("gptq", wb.GPTQ()),
     ],
 )
-def test_every_precision(
-    precision: str, expected: object, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["plan", str(tiny_llama), "--machine", "L4", "--precision", precision, "--json"]) == 0
+def test_every_precision(precision: str, expected: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig
+
+    # As wide as GPTQ's usual group.
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
+    assert cli.main(["plan", str(tmp_path), "--machine", "L4", "--precision", precision, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert wb.Recipe.from_json(json.dumps(data["recipe"])).precision == expected
 
@@ -171,7 +181,9 @@ def test_the_precisions_side_by_side(llama_70b: str) -> None:
     assert cells[0] == ["precision", "verdict", "weights", "longest context", "est. tok/s"]
     fits = wb.what_fits(wb.Recipe(model=llama_70b), machine=wb.Machine.preset("A100 80 GB"))
     assert [row[0] for row in cells[1:]] == [fit.precision.label for fit in fits]
-    assert {row[1] for row in cells[1:]} == {"fits", "offloads"}
+    assert [row[1] for row in cells[1:]] == [WORDS[fit.placement.verdict] for fit in fits]
+    assert cells[1][1] == "fits"
+    assert cells[-1][:2] == ["full precision", "does not fit"]
     assert cells[1][3] == f"{fits[0].longest_context:,}"
     assert sentences.splitlines() == [f"{fit.precision.label}: {fit.placement.summary}" for fit in fits]
 
@@ -286,14 +298,15 @@ def jupyter_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
 def test_lab_serves_the_notebook(jupyter_home: Callable[[str], Path]) -> None:
     folder = jupyter_home("work")
     folder.mkdir()
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0", "--IdentityProvider.token=t"]
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0"]
     command = [sys.executable, "-m", "workbench", "lab", *options]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
-            # It ends with the server's output, so this waits for what it is about.
-            address = next(line for line in server.stderr if "http://127.0.0.1" in line)
-            assert "/lab/tree/workbench.ipynb" in address
+            # Written for the browser just before it is told of; the loop ends with the server's output at the latest.
+            assert any("file://" in line for line in server.stderr)
+            (page,) = jupyter_home("jupyter").rglob("jpserver-file-to-run-*-open.html")
+            assert "/lab/tree/workbench.ipynb?token=" in page.read_text(encoding="utf-8")
         finally:
             server.terminate()
             server.communicate(timeout=60)

@@ -95,7 +95,7 @@ def test_buffers_are_where_they_were_previewed(
         offload_buffers=offload_buffers,
         offload_folder=str(tmp_path / "offloaded"),
     )
-    session = load(asked)
+    session = load(asked, offload="accelerate")  # which is whose knob it is
     try:
         assert session.load_report.matches, session.load_report.lines
         kept = {b.device.type for name, b in session.model.named_buffers() if name.endswith("e_score_correction_bias")}

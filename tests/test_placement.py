@@ -115,7 +115,7 @@ def built_by_transformers(folder: Path, precision: Precision, device_map: Any, m
         raise _PlanningReachedError
 
     if not hasattr(modeling_utils, "_get_device_map"):
-        pytest.fail(f"from_pretrained plans in another way in {VERSIONS}: look at placement._plan again")
+        pytest.fail(f"from_pretrained plans in another way in {VERSIONS}: look at planner.plan again")
     dtype = str(AutoConfig.from_pretrained(folder).dtype).removeprefix("torch.")
     with monkeypatch.context() as patched:
         patched.setattr(modeling_utils, "_get_device_map", caught)

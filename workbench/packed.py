@@ -294,11 +294,7 @@ def _items(
     cache: dict[str, int] = {}
     activations: dict[str, int] = {}
     if cost is not None:
-        shares = cost.cache_bytes(recipe.workload)
-        if len(shares) == len(skeleton.decoder_blocks):
-            cache = dict(zip(skeleton.decoder_blocks, shares, strict=True))
-        else:
-            cache = dict.fromkeys(skeleton.decoder_blocks, sum(shares) // max(1, len(skeleton.decoder_blocks)))
+        cache = cost.cache_by_block(recipe.workload, skeleton.decoder_blocks)
         activations = cost.activation_bytes(recipe.workload)
     # A weight is on the device whole before bitsandbytes has quantized it.
     whole = max((t.kept_bytes for t in sizes.tensors if t.quantized), default=0) if quantizes else 0

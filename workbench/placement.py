@@ -1,31 +1,26 @@
-"""The computed answer: where every layer goes, what it costs there, and whether it fits.
-
-With skeleton.py, the only file that touches parts of transformers and accelerate that are not their public API;
-tests/test_placement.py compares the results with ``from_pretrained`` itself and fails when those parts change.
-"""
+"""The computed answer: where every layer goes, what it costs there, and whether it fits."""
 
 from __future__ import annotations
 
 import difflib
 import itertools
-import logging
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.hardware import DeviceId, Machine
 from workbench.model import refuses_unknown
 from workbench.packed import pack_model
+from workbench.planner import plan
 from workbench.precision import FourBit, FullPrecision, Int8
-from workbench.sizes import Sizes, device_of, sizes_of, stored_element_sizes
+from workbench.sizes import Sizes, device_of, sizes_of
 from workbench.skeleton import Block, MetaModel, Skeleton, read_skeleton, turn
 from workbench.verdict import Advice, advise, judge
 from workbench.verdict import longest_context as _search_context
 from workbench.workload import Cost, Workload, measure_cost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from workbench.precision import Precision
     from workbench.recipe import Recipe
@@ -269,7 +264,7 @@ def _map(
     if recipe.strategy == "packed":
         return pack_model(recipe, machine=machine, budgets=budgets, skeleton=skeleton, sizes=sizes, cost=cost)
     if recipe.strategy != "custom":
-        return _plan(recipe, skeleton, budgets)
+        return plan(recipe, skeleton, budgets)
     device_map = recipe.device_map or {}
     _check_custom_map(recipe, budgets, skeleton, sizes)
     return device_map
@@ -358,129 +353,6 @@ def _is_cut(block: str, device_map: Mapping[str, DeviceId]) -> bool:
 
 
 _costs: weakref.WeakKeyDictionary[MetaModel, Cost | None] = weakref.WeakKeyDictionary()
-
-
-# --- the strategies, as transformers has them -------------------------------------------------------------------------
-
-
-class _ElementSizes:
-    """Answers the planner's one question to a quantizer from memory: it asks for every tensor, several times a plan."""
-
-    def __init__(self, skeleton: Skeleton, meta: MetaModel) -> None:
-        self._sizes: dict[int, float]
-        tensors = (*meta.module.named_parameters(), *meta.module.named_buffers())
-        quantizer: Any = meta.quantizer
-        if quantizer is None:
-            sizes = stored_element_sizes(skeleton, meta)
-            self._sizes = {id(t): sizes.get(name, t.element_size()) for name, t in tensors}
-        else:
-            self._sizes = {id(t): quantizer.param_element_size(meta.module, name, t) for name, t in tensors}
-
-    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:  # noqa: ARG002 - as it is called
-        return self._sizes[id(param)]
-
-
-_all_element_sizes: weakref.WeakKeyDictionary[MetaModel, _ElementSizes] = weakref.WeakKeyDictionary()
-
-
-def _element_sizes(skeleton: Skeleton, meta: MetaModel) -> _ElementSizes:
-    if meta not in _all_element_sizes:
-        _all_element_sizes[meta] = _ElementSizes(skeleton, meta)
-    return _all_element_sizes[meta]
-
-
-def _plan(recipe: Recipe, skeleton: Skeleton, budgets: Mapping[DeviceId, int]) -> dict[str, DeviceId]:
-    """What ``from_pretrained(device_map=strategy, max_memory=budgets)`` computes; "disk" where nothing has room."""
-    from transformers.integrations import accelerate as planner
-
-    meta = skeleton.meta_model(recipe.precision)
-    strategy, module, quantizer = recipe.strategy, meta.module, meta.quantizer
-    sizes = None if quantizer is None and not meta.stored else _element_sizes(skeleton, meta)
-    no_split: Any = module._no_split_modules  # noqa: SLF001 - see the module's docstring
-    if recipe.no_split_module_classes is not None:
-        no_split = set(recipe.no_split_module_classes)
-    try:
-        with _without_warnings_about_absent_devices():
-            if strategy == "sequential":
-                memory = planner.get_max_memory(dict(budgets))
-            else:
-                memory = planner.get_balanced_memory(
-                    module,
-                    max_memory=dict(budgets),
-                    no_split_module_classes=no_split,
-                    hf_quantizer=sizes,
-                    low_zero=strategy == "balanced_low_0",
-                )
-            if quantizer is not None:
-                memory = quantizer.adjust_max_memory(memory)
-            if recipe.fallback_allocation:
-                return _plan_with_fallback(meta, sizes, memory, no_split, offload_buffers=recipe.offload_buffers)
-            return dict(
-                planner.infer_auto_device_map(
-                    module,
-                    max_memory=memory,
-                    no_split_module_classes=no_split,
-                    offload_buffers=recipe.offload_buffers,
-                    hf_quantizer=sizes,
-                    no_placement_params=getattr(module, "_no_placement_params", None),
-                )
-            )
-    except (
-        KeyError,
-        IndexError,
-        ValueError,
-    ) as error:  # its own code fails on some budgets, such as low_0 without GPU 0
-        raise ValueError(
-            f"transformers cannot plan strategy {strategy!r} for these budgets ({type(error).__name__}: {error}); "
-            "choose another strategy, or a custom device_map."
-        ) from error
-
-
-def _plan_with_fallback(
-    meta: MetaModel,
-    sizes: _ElementSizes | None,
-    memory: dict[DeviceId, int],
-    no_split: Any,
-    *,
-    offload_buffers: bool,
-) -> dict[str, DeviceId]:
-    """Accelerate's planner, which transformers' was made from and which alone can fall back to another module."""
-    import torch
-    from accelerate.utils import CustomDtype, infer_auto_device_map
-
-    special: dict[str, Any] = {}
-    if sizes is not None:
-        smaller = {0.5: CustomDtype.INT4, 1: torch.int8}
-        for name, tensor in meta.module.named_parameters():
-            size = sizes.param_element_size(meta.module, name, tensor)
-            if size < tensor.element_size():
-                special[name] = smaller.get(size, torch.int8)
-    return dict(
-        infer_auto_device_map(
-            meta.module,
-            max_memory=memory,
-            no_split_module_classes=list(no_split or ()),
-            special_dtypes=special,
-            offload_buffers=offload_buffers,
-            fallback_allocation=True,
-        )
-    )
-
-
-@contextmanager
-def _without_warnings_about_absent_devices() -> Iterator[None]:
-    """Planning for a machine that is not this one is the point here, so it is nothing to warn about."""
-    loggers = [
-        logging.getLogger(name) for name in ("accelerate.utils.modeling", "transformers.integrations.accelerate")
-    ]
-    quiet = logging.Filter("nobody.logs.under.this.name")
-    for logger in loggers:
-        logger.addFilter(quiet)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(quiet)
 
 
 def _cost(skeleton: Skeleton, precision: Precision, *, measure: bool) -> Cost | None:
@@ -615,13 +487,9 @@ def _account_cost(
     activations: dict[DeviceId, int] = {}
     if cost is None:
         return cache, activations
-    shares = cost.cache_bytes(workload)
-    homes = [runs_on.get(name) for name in skeleton.decoder_blocks]
-    if len(shares) != len(homes):  # a cache that is not cut by layers goes where most layers run
-        shares, homes = (sum(shares),), [max(homes, key=homes.count, default=None)]
-    for share, home in zip(shares, homes, strict=True):
-        if home is not None:
-            cache[home] = cache.get(home, 0) + share
+    for name, share in cost.cache_by_block(workload, skeleton.decoder_blocks).items():
+        if name in runs_on:
+            cache[runs_on[name]] = cache.get(runs_on[name], 0) + share
     for name, peak in cost.activation_bytes(workload).items():
         if name in runs_on:
             activations[runs_on[name]] = max(activations.get(runs_on[name], 0), peak)

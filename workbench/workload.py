@@ -118,6 +118,14 @@ class Cost:
         full = ((round(offset + slope * tokens), ceiling) for offset, slope, ceiling in self.cache)
         return tuple(batch * (size if ceiling is None else min(size, ceiling)) for size, ceiling in full)
 
+    def cache_by_block(self, workload: Workload, decoder_blocks: Sequence[str]) -> dict[str, int]:
+        """The same for each decoder layer; a cache that is not cut by layers is spread over them evenly."""
+        shares = self.cache_bytes(workload)
+        if len(shares) == len(decoder_blocks):
+            return dict(zip(decoder_blocks, shares, strict=True))
+        count, total = max(1, len(decoder_blocks)), sum(shares)
+        return {name: total // count + (index < total % count) for index, name in enumerate(decoder_blocks)}
+
     def activation_bytes(self, workload: Workload) -> dict[str, int]:
         """Estimated peak of live activations in bytes while each block runs, for a prompt that fills the context."""
         peaks = _at(self.prefill, workload)

@@ -148,20 +148,19 @@ def differences(pinned: Placement, now: Placement) -> list[tuple[str, str, str, 
 
 
 def _sizes(what: str, a: int | None, b: int | None) -> tuple[str, str, str, str]:
-    said = ["unknown" if size is None else format_bytes(size) for size in (a, b)]
-    if what.startswith(("cuda", "mps", "cpu", "disk")):
-        said = ["not used" if size is None else text for size, text in zip((a, b), said, strict=True)]
+    nothing = "unknown" if what == "KV cache" else "not used"
+    left, right = (nothing if size is None else format_bytes(size) for size in (a, b))
     off = "" if a is None or b is None or a == b else f"{b - a:+,} bytes"
-    return (what, *said, off)
+    return what, left, right, off
 
 
 def _speeds(pinned: Placement, now: Placement) -> tuple[str, str, str, str]:
     speeds = [predict_speed(each, read_skeleton(each.recipe.model)) for each in (pinned, now)]
-    said = ["no estimate" if speed is None else f"est. {rate(speed.tokens_per_second)} tok/s" for speed in speeds]
+    left, right = ("no estimate" if s is None else f"est. {rate(s.tokens_per_second)} tok/s" for s in speeds)
     factor = ""
-    if speeds[0] is not None and speeds[1] is not None and said[0] != said[1]:
+    if speeds[0] is not None and speeds[1] is not None and left != right:
         factor = f"x {speeds[1].tokens_per_second / speeds[0].tokens_per_second:.2g}"
-    return ("Speed", *said, factor)
+    return "Speed", left, right, factor
 
 
 def differences_as_html(rows: list[tuple[str, str, str, str]]) -> str:

@@ -232,8 +232,8 @@ def growth_svg(growth: Growth) -> str:
         else:
             inside = next(place for place, share in zip(places, shares, strict=True) if share > highest)
             parts.append(_text(inside[0] - 4, _TOP + 10 + 12 * index, device_label(device), "end"))
-    for tokens in growth.tokens[:: max(1, math.ceil(len(growth.tokens) / 6))]:
-        parts.append(_text(x(tokens), _HIGH - _BOTTOM + 14, _short_count(tokens), "middle"))
+    named = growth.tokens[:: max(1, math.ceil(len(growth.tokens) / 6))]
+    parts += [_text(x(tokens), _HIGH - _BOTTOM + 14, _short_count(tokens), "middle") for tokens in named]
     if 0 < growth.longest < growth.tokens[-1]:
         at = x(growth.longest)
         parts.append(_line([(at, _TOP), (at, _HIGH - _BOTTOM)], "wb-svg-mark"))
@@ -241,8 +241,8 @@ def growth_svg(growth: Growth) -> str:
         parts.append(_text(at + (-4 if anchor == "end" else 4), _TOP + 9, f"spills past {growth.longest:,}", anchor))
     at = x(growth.now)
     parts.append(_line([(at, _HIGH - _BOTTOM), (at, _HIGH - _BOTTOM - 8)], "wb-svg-now"))
-    for device in used:
-        share = _between(growth.tokens, used[device], growth.now)
+    for device, shares in used.items():
+        share = _between(growth.tokens, shares, growth.now)
         parts.append(f'<circle cx="{at:.1f}" cy="{y(share):.1f}" r="4" fill="{device_colour(device)}"/>')
     return _svg(parts, f"Memory against context length. {growth.sentence}")
 
@@ -333,7 +333,8 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 
 def _svg(parts: Sequence[str], said: str) -> str:
-    return f'<svg class="wb-svg" viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
+    opening = f'<svg class="wb-svg" viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escape(said)}">'
+    return f"{opening}{''.join(parts)}</svg>"
 
 
 def _short_count(tokens: int) -> str:

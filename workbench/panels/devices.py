@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
-from workbench.hardware import Device, Machine, format_bytes, parse_bytes
+from workbench.hardware import Device, DeviceId, Machine, format_bytes, parse_bytes
 from workbench.panels.advanced import advanced
 from workbench.panels.look import classed, close_tree, html, panel, problem_line
 from workbench.panels.state import bind, device_class
@@ -70,6 +70,7 @@ class DevicesPanel:
         self.rows: dict[str, dict[str, Any]] = {}
         self._untie: list[Callable[[], None]] = []
         self._shown: tuple[Device, ...] = ()
+        self._known = {state.machine.name: state.machine}  # those that are no presets, to come back to
         self.machine = classed(
             w.Dropdown(
                 description="Machine",
@@ -97,7 +98,6 @@ class DevicesPanel:
             "wb-reset",
         )
         self.reset.layout.width = "auto"
-        self._known = {state.machine.name: state.machine}  # those that are no presets, to come back to
         self.own = OwnMachine(state, self._take_own)
         self.box = panel(
             "Devices",
@@ -286,7 +286,11 @@ class OwnMachine:
     def __init__(self, state: State, take: Callable[[Machine], None]) -> None:
         self._take = take
         self.fields = {
-            name: classed(kind(description=label, value=value, min=0, tooltip=tip), f"wb-own-{name}", "wb-wide")
+            name: classed(
+                kind(description=label, min=0, max=64 if name == "gpus" else 1e6, value=value, tooltip=tip),
+                f"wb-own-{name.replace('_', '-')}",
+                "wb-wide",
+            )
             for name, kind, label, value, tip in (
                 ("gpus", w.BoundedIntText, "GPUs", 1, "How many GPUs"),
                 ("gpu_gib", w.BoundedFloatText, "GiB each", 24.0, "Memory of each GPU in GiB"),
@@ -295,8 +299,6 @@ class OwnMachine:
                 ("disk_gib", w.BoundedFloatText, "Disk in GiB", 500.0, "Free space on the disk in GiB"),
             )
         }
-        for name, field in self.fields.items():
-            field.max = 64 if name == "gpus" else 1e6
         self.use = classed(
             w.Button(description="Plan for it", tooltip="Plan for a machine with these devices"), "wb-own-use"
         )
@@ -308,30 +310,29 @@ class OwnMachine:
     def machine(self) -> Machine:
         """The machine as its fields describe it."""
         number = {name: field.value for name, field in self.fields.items()}
-        gpu = {
-            "name": "GPU",
-            "kept": min(number["gpu_gib"], 1.0),
-            "kept_for": "CUDA context and allocator slack (estimate)",
-            "bandwidth": round(number["gpu_gb_s"] * 1e9) or None,
-        }
-        devices = [_own(i, number["gpu_gib"], **gpu) for i in range(int(number["gpus"]))]
-        ram = min(number["ram_gib"] / 4, 5.0)
-        devices.append(_own("cpu", number["ram_gib"], "RAM", ram, "operating system and notebook (typical)"))
-        devices.append(_own("disk", number["disk_gib"], "Disk", number["disk_gib"] / 10, "other programs (typical)"))
-        return Machine(name="My machine", devices=tuple(devices))
-
-
-def _own(id_: int | str, gib: float, name: str, kept: float, kept_for: str, bandwidth: int | None = None) -> Device:
-    return Device(
-        id=id_,
-        name=name,
-        total_bytes=round(gib * _GIB),
-        free_bytes=round(gib * _GIB),
-        reserved_bytes=round(kept * _GIB),
-        reserved_for=kept_for,
-        bandwidth_bytes_per_s=bandwidth,
-        source="as you said",
-    )
+        gpu_gib, ram_gib, disk_gib = number["gpu_gib"], number["ram_gib"], number["disk_gib"]
+        bandwidth = round(number["gpu_gb_s"] * 1e9) or None
+        parts: list[tuple[DeviceId, str, float, float, str, int | None]] = [
+            (i, "GPU", gpu_gib, min(gpu_gib, 1.0), "CUDA context and allocator slack (estimate)", bandwidth)
+            for i in range(int(number["gpus"]))
+        ]
+        system = "operating system and notebook (typical)"
+        parts.append(("cpu", "RAM", ram_gib, min(ram_gib / 4, 5.0), system, None))
+        parts.append(("disk", "Disk", disk_gib, disk_gib / 10, "other programs (typical)", None))
+        devices = tuple(
+            Device(
+                id=device,
+                name=name,
+                total_bytes=round(gib * _GIB),
+                free_bytes=round(gib * _GIB),
+                reserved_bytes=round(kept_gib * _GIB),
+                reserved_for=kept_for,
+                bandwidth_bytes_per_s=speed,
+                source="as you said",
+            )
+            for device, name, gib, kept_gib, kept_for, speed in parts
+        )
+        return Machine(name="My machine", devices=devices)
 
 
 def _this_machine() -> Machine:

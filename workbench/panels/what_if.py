@@ -72,7 +72,7 @@ class Latest:
                 job = None
                 while not self._closed and job is not self._job:
                     job = self._job
-                    self._wake.wait_for(lambda job=job: self._closed or self._job is not job, _REST_SECONDS)
+                    self._wake.wait_for(lambda seen=job: self._closed or self._job is not seen, _REST_SECONDS)  # type: ignore[misc]
                 if self._closed:
                     return
                 self._job = None
