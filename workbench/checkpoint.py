@@ -163,7 +163,11 @@ def stored_tensors(source: Source) -> tuple[StoredTensor, ...]:
     Raises:
         ValueError: If a file cannot be read, or there is none.
     """
-    files = [f.name for f in source.weight_files if f.name.endswith(".safetensors")]
+    # The same weights may lie beside them in the maker's own form: original/..., consolidated.safetensors.
+    files = [f.name for f in source.weight_files if f.name.endswith(".safetensors") and "/" not in f.name]
+    if "model.safetensors" in files:
+        files = ["model.safetensors"]
+    files = [name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)] or files
     if not files:
         raise ValueError(f"{source.title} has no safetensors files whose headers could be read.")
     return tuple(tensor for name in files for tensor in _read_header(source, name))

@@ -110,8 +110,10 @@ def plan_quantization(
 def _lines(placement: Placement, works_on: DeviceId, hidden: int, rounding: int, output: int) -> list[str]:
     label = device_label(works_on)
     lines = [
-        f"Rounding works on {label}, with up to {format_bytes(rounding + 2 * hidden)} beside the weights: "
-        f"{format_bytes(rounding)} for the largest modules and {format_bytes(2 * hidden)} of calibration states.",
+        (
+            f"Rounding works on {label}, with up to {format_bytes(rounding + 2 * hidden)} beside the weights: "
+            f"{format_bytes(rounding)} for the largest modules and {format_bytes(2 * hidden)} of calibration states."
+        ),
         f"The new folder will hold {format_bytes(output)} of weights, and needs twice that while it is written.",
     ]
     memory = placement.memory.get(works_on)

@@ -11,6 +11,7 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from workbench.checkpoint import as_dict
 from workbench.hardware import Machine, format_bytes
 from workbench.kernels import (
     choose_backend,
@@ -114,6 +115,8 @@ def _load(
             config = None
             if stated is not None:
                 config, kernel = _with_kernel(stated, skeleton, placement)
+            elif skeleton.quant_method == "bitsandbytes":
+                config = _without_offload(skeleton)
             with contextlib.ExitStack() as around:
                 if skeleton.quant_method in ("awq", "gptq"):
                     import_gptqmodel()
@@ -226,9 +229,19 @@ def _with_kernel(stated: GPTQ, skeleton: Skeleton, placement: Placement) -> tupl
         stated, quantized_shapes(skeleton), devices=placement.device_map.values(), dtype=placement.dtype
     )
     config = read_config(skeleton.source)
-    options = config.quantization_config
-    config.quantization_config = {**(options if isinstance(options, dict) else options.to_dict()), "backend": backend}
+    config.quantization_config = {**as_dict(config.quantization_config), "backend": backend}
     return config, lines
+
+
+def _without_offload(skeleton: Skeleton) -> Any:
+    """The config without what some checkpoints state: to keep in full precision what is on the CPU.
+
+    What they hold is packed, whatever the device.
+    """
+    config = read_config(skeleton.source)
+    stated = as_dict(config.quantization_config)
+    config.quantization_config = {**stated, "llm_int8_enable_fp32_cpu_offload": False}
+    return config
 
 
 def _from_pretrained(

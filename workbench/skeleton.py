@@ -440,10 +440,12 @@ def _build_meta(
         del config.quantization_config
     torch_dtype = getattr(torch, dtype)
     quantizer = None
+    picks_kernel = False
     quiet: AbstractContextManager[Any] = nullcontext()
     if quantization_config is not None:
         config.quantization_config = quantization_config
-        if prequantized and checkpoint.method_of(checkpoint.as_dict(quantization_config)) in ("awq", "gptq"):
+        picks_kernel = prequantized and checkpoint.method_of(checkpoint.as_dict(quantization_config)) in ("awq", "gptq")
+        if picks_kernel:
             from workbench.kernels import import_gptqmodel, quiet_optimum
 
             import_gptqmodel()
@@ -464,7 +466,7 @@ def _build_meta(
             quantizer.preprocess_model(
                 model=module,
                 dtype=torch_dtype,
-                device_map={"": "cpu"} if prequantized else None,  # GPTQ's picks a kernel by it
+                device_map={"": "cpu"} if picks_kernel else None,
                 checkpoint_files=None,
                 use_kernels=False,
             )

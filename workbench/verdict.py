@@ -116,9 +116,14 @@ def _assess(placement: Placement) -> tuple[_Trouble, str]:
         share = f"{_total(homeless)} of {format_bytes(placement.total_bytes)}"
         return "homeless", f"Does not fit: {_span(placement, homeless)} ({share}) has no room."
     if waiting and isinstance(precision, (Int8, FourBit)) and not precision.fp32_cpu_offload:
+        stored = placement.recipe.precision != precision
         return "unquantizable", (
-            f"Does not fit: {_span(placement, waiting)} would wait on {_places(waiting)}, where bitsandbytes does not "
-            "quantize unless fp32_cpu_offload is on."
+            f"Does not fit: {_span(placement, waiting)} would wait on {_places(waiting)}, where bitsandbytes "
+            + (
+                "keeps nothing that is quantized already."
+                if stored
+                else "does not quantize unless fp32_cpu_offload is on."
+            )
         )
     if waiting and all(device == "disk" for device in placement.device_map.values()) and "cpu" not in memory:
         return "nowhere to run", "Does not fit: what waits on disk would run on the CPU, which max_memory leaves out."

@@ -1,0 +1,58 @@
+"""The notebooks: stored without outputs, and each executed in full, in a kernel of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+TEACHING = [path for path in NOTEBOOKS if path.name[0].isdecimal()]
+
+
+def execute(path: Path, cwd: Path) -> str:
+    """Run every cell; the first that raises fails the test. Returns what people read: printed text and results."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
+    client.execute()
+    outputs: list[Any] = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = [o.text for o in outputs if o.output_type == "stream" and o.name == "stdout"]
+    return "\n".join([*texts, *(o.data.get("text/plain", "") for o in outputs if "data" in o)])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_stored_clean(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.startswith("# ")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert (cell.outputs, cell.execution_count) == ([], None)
+    assert "widgets" not in notebook.metadata
+
+
+# What each one is there to show, as it stands in its outputs.
+SHOWS = {
+    "1-preview": [
+        "Does not fit: model.layers.59 to lm_head",
+        "packed          Fits on cuda:0",
+        "98 % of this model are experts that bitsandbytes does not quantize",
+        "Workbench(",
+    ],
+    "2-int8": ["outliers multiplied apart", "threshold  6.0: error", "has no linear module", "int8            Fits on cuda:0"],
+    "3-four-bits": ["nf4: -1.00", "bits a weight: 4.500, with double quantization 4.127", "experts that bitsandbytes"],
+    "5-offload": ["Offloads: ", "disk, read ahead", "leaves out model.norm", "no module 'model.layer.0'", "parts lm_head"],
+    "8-core": ["Paris", "as previewed", "AutoModelForCausalLM.from_pretrained(", "Valid options", "nf4"],
+}
+
+
+@pytest.mark.parametrize("path", TEACHING, ids=lambda path: path.stem)
+def test_every_cell_runs_and_shows_its_point(path: Path, demo_model: Path, tmp_path: Path) -> None:
+    said = execute(path, tmp_path)
+    for sentence in SHOWS[path.stem]:
+        assert sentence in said, said
