@@ -36,7 +36,7 @@ MODELS = {
     "deepseek-v3": ("latent attention, experts", (200, 500)),
     "granitemoehybrid": ("Mamba states and attention", (200, 500)),
     "mamba": ("states alone, a step a token", (200, 500)),
-    "demo": ("SmolLM2-135M-Instruct", (2048,)),
+    "demo": ("SmolLM2-135M-Instruct", (512, 2048, 4096)),
 }
 MIB = 2**20
 TELLING_BYTES = 16 * MIB  # less growth of the process is lost in what its allocator holds

@@ -4,9 +4,9 @@ Makes each model with random weights, previews it, loads it on the CPU in each p
 docs/exact.md. Beside ours stand the two figures that people use: ``get_memory_footprint()`` and what
 ``accelerate estimate-memory`` says. Exits with 1 if a preview differs from its load by a single byte.
 
-    python benchmarks/exact.py [--only llama,gpt2] [--jobs 2]
+    python benchmarks/exact.py [--only llama,gpt2 | --only seq2seq] [--columns "GPTQ 4-bit,nf4"] [--to FILE] [--jobs 2]
 
-With ``--only`` the report is printed and docs/exact.md stays as it is.
+With ``--only`` or ``--columns`` the report is printed, or written to the file named, and docs/exact.md stays as it is.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from workbench.sizes import measure_weights  # noqa: E402
 
 REPORT = ROOT / "docs" / "exact.md"
 SEQ2SEQ = " (seq2seq)"
+_COLUMNS = "WORKBENCH_EXACT_COLUMNS"
 # Refusals of a preview that say what the libraries cannot do.
 NOT_OURS = ("transformers cannot plan", "GPTQ finds nothing to quantize", "nothing is left to quantize")
 # Column -> the nearest dtype that accelerate's estimate knows.
@@ -69,6 +70,12 @@ PRECISIONS = {
     # At the end: some models share an activation with all of their class, and accelerate's hooks stay on it.
     "bfloat16, CPU and disk": "float16",
 }
+
+
+def columns() -> dict[str, str]:
+    """The precisions of this run."""
+    asked = os.environ.get(_COLUMNS)
+    return PRECISIONS if asked is None else {title: PRECISIONS[title] for title in asked.split(",")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +132,9 @@ def examine(model_type: str) -> Row:
             name = model_type.removesuffix(SEQ2SEQ)
             count = save_model(name, Path(folder), seq2seq=name != model_type)
         except Exception as error:  # noqa: BLE001 - libraries raise anything, and what they raise is the result
-            return Row(
-                model_type=model_type, outcomes=dict.fromkeys(PRECISIONS, Outcome(error=one_line(error, folder)))
-            )
+            return Row(model_type=model_type, outcomes=dict.fromkeys(columns(), Outcome(error=one_line(error, folder))))
         estimates, failure = accelerate_estimates(folder)
-        outcomes = {title: compare(folder, title, estimates.get(name)) for title, name in PRECISIONS.items()}
+        outcomes = {title: compare(folder, title, estimates.get(name)) for title, name in columns().items()}
         return Row(
             model_type=model_type,
             class_name=wb.read_skeleton(folder).architecture,
@@ -185,13 +190,15 @@ def pack(folder: str, chosen: wb.GPTQ) -> str:
     Returns:
         The new folder, inside the given one.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     import_gptqmodel()
     skeleton = wb.read_skeleton(folder)
-    tensors = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_file(file)
+    seq2seq = skeleton.is_encoder_decoder
+    auto_class = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    # By the names that the loaded model has for them: some checkpoints hold several weights in one tensor.
+    state = auto_class.from_pretrained(folder, dtype="auto").state_dict()
+    tensors = {name: tensor.clone() for name, tensor in state.items() if name not in skeleton.tied}
     module = skeleton.plain_model().module
     for name in (name for names in quantizable_modules(skeleton, chosen).values() for name in names):
         rows, columns = linear_shape(module.get_submodule(name))
@@ -271,7 +278,7 @@ def accelerate_estimates(folder: str) -> tuple[dict[str, float], str]:
         model_name=folder,
         library_name="transformers",
         trust_remote_code=False,
-        dtypes=sorted(set(PRECISIONS.values())),
+        dtypes=sorted(set(columns().values())),
     )
     ask_the_hub = estimate.verify_on_hub
     # All the rest is accelerate's own: only the question whether the Hub has the model is answered here.
@@ -303,6 +310,7 @@ def quiet() -> Iterator[None]:
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
+PART = "Made by `python benchmarks/exact.py` with `--columns` and `--to`; do not edit. The whole: [exact.md](exact.md)."
 HOW_TO_READ = """\
 Every architecture that this version of transformers maps to a causal language model, and every encoder-decoder that it
 maps to text in and text out, is made as a tiny model with random weights (tests/architectures.py), previewed with
@@ -331,17 +339,17 @@ def report(rows: list[Row]) -> str:
     """The whole report as Markdown; the same text for the same results."""
     notes: dict[str, int] = {}
     table = [
-        f"| model type | class | parameters | {' | '.join(PRECISIONS)} |",
-        f"|---|---|---:|{'---|' * len(PRECISIONS)}",
+        f"| model type | class | parameters | {' | '.join(columns())} |",
+        f"|---|---|---:|{'---|' * len(columns())}",
     ]
     for row in rows:
         failure = row.estimate_failure and mark(f"No estimate by accelerate: ``{row.estimate_failure}``", notes)
-        cells = [cell(row.outcomes[title], notes) for title in PRECISIONS]
+        cells = [cell(row.outcomes[title], notes) for title in columns()]
         count = f"{row.parameter_count:,}" if row.parameter_count else ""
         table.append(f"| {row.model_type}{failure} | {row.class_name} | {count} | {' | '.join(cells)} |")
     parts = [
         "# Previewed bytes and loaded bytes",
-        "Made by `python benchmarks/exact.py`; do not edit.",
+        "Made by `python benchmarks/exact.py`; do not edit." if len(columns()) == len(PRECISIONS) else PART,
         summary(rows),
         f"Versions: {versions()}. Machine: {machine()}.",
         HOW_TO_READ,
@@ -357,7 +365,7 @@ def summary(rows: list[Row]) -> str:
     statuses = [outcome.status for row in rows for outcome in row.outcomes.values()]
     never = sum(all(outcome.status == "impossible" for outcome in row.outcomes.values()) for row in rows)
     return (
-        f"**{len(rows)} architectures in {len(PRECISIONS)} precisions: {statuses.count('exact'):,} exact, "
+        f"**{len(rows)} architectures in {len(columns())} precisions: {statuses.count('exact'):,} exact, "
         f"{statuses.count('different'):,} different, {statuses.count('impossible'):,} impossible for the libraries "
         f"themselves ({never} architectures in no precision).**"
     )
@@ -367,7 +375,7 @@ def errors_by_precision(rows: list[Row]) -> Iterator[str]:
     """A small table: the outcomes and the others' errors for each precision."""
     yield "| precision | exact | different | impossible | `get_memory_footprint()` | `accelerate estimate-memory` |"
     yield "|---|---:|---:|---:|---|---|"
-    for title in PRECISIONS:
+    for title in columns():
         outcomes = [row.outcomes[title] for row in rows]
         counts = [str([o.status for o in outcomes].count(s)) for s in ("exact", "different", "impossible")]
         footprint = spread(o.footprint_error for o in outcomes)
@@ -423,8 +431,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TYPES", help="model types, separated by commas")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes (default 1)")
+    parser.add_argument("--columns", default="", metavar="TITLES", help="precisions, separated by commas")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where to write the report of a part")
     options = parser.parse_args()
     chosen = tuple(options.only.split(",")) if options.only else row_names()
+    if options.only == "seq2seq":
+        chosen = row_names()[len(model_types()) :]
+    titles = options.columns.split(",") if options.columns else list(PRECISIONS)
+    if not set(titles) <= set(PRECISIONS):
+        parser.error(f"the columns are {', '.join(PRECISIONS)}")
+    os.environ[_COLUMNS] = ",".join(titles)  # other processes read it too
     unknown = set(chosen) - set(row_names())
     if unknown:
         parser.error(
@@ -439,7 +455,10 @@ def main() -> int:
             counts = ", ".join(f"{found.count(status)} {status}" for status in dict.fromkeys(found))
             print(f"{time.perf_counter() - started:7.1f} s  {row.model_type}: {counts}", file=sys.stderr)
     text = report(rows)
-    if options.only:
+    if options.to is not None:
+        options.to.write_text(text, encoding="utf-8")
+        print(summary(rows))
+    elif options.only or options.columns:
         print(text)
     else:
         REPORT.write_text(text, encoding="utf-8")

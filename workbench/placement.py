@@ -12,7 +12,7 @@ from workbench.hardware import DeviceId, Machine
 from workbench.model import refuses_unknown
 from workbench.packed import pack_model
 from workbench.planner import plan
-from workbench.precision import FourBit, FullPrecision, Int8
+from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
 from workbench.sizes import Sizes, device_of, sizes_of
 from workbench.skeleton import Block, MetaModel, Skeleton, read_skeleton, turn
 from workbench.verdict import Advice, advise, judge
@@ -302,6 +302,8 @@ def _check_skip_modules(precision: Precision, skeleton: Skeleton) -> None:
                 f"skip_modules: {skeleton.architecture} has no linear module {pattern!r}; close are "
                 f"{', '.join(map(repr, close))}."
             )
+    if isinstance(precision, GPTQ):
+        return  # what is outside the decoder layers, a tied head among it, is left alone whatever is named
     for name in skeleton.linear_modules:
         if f"{name}.weight" in skeleton.tied and should_convert_module(name, list(precision.skip_modules)):
             raise ValueError(

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _SWEEP_POINTS = 25
 _MOST_TOKENS = 1 << 17  # shown where a model names no limit
-_WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 460, 190, 44, 44, 14, 34
+_WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 200, 52, 56, 18, 36
+_LABEL_PX = 13
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
@@ -211,7 +212,7 @@ def growth_svg(growth: Growth) -> str:
         for device, sizes in growth.used_bytes.items()
         if max(sizes)
     }
-    highest = min(2.0, max([1.0, *(max(shares) for shares in used.values())]) * 1.08)
+    highest = min(2.0, 1.1 * max([1e-6, *(max(shares) for shares in used.values())]))
     low, high = math.log2(growth.tokens[0]), math.log2(growth.tokens[-1])
 
     def x(tokens: float) -> float:
@@ -220,18 +221,20 @@ def growth_svg(growth: Growth) -> str:
     def y(share: float) -> float:
         return _up(min(share, highest) / highest)
 
-    parts = [_axes("context length in tokens", f"0 % to {highest:.0%} of each device")]
-    parts.append(_line([(x(growth.tokens[0]), y(1)), (x(growth.tokens[-1]), y(1))], "wb-svg-limit"))
-    parts.append(_text(_LEFT - 4, y(1) + 4, "100 %", "end"))
-    parts.append(_text(_LEFT - 4, y(0) + 4, "0 %", "end"))
+    parts = [_axes("context length in tokens"), _text(_LEFT - 4, y(0) + 4, "0 %", "end")]
+    if highest >= 1:
+        parts.append(_line([(x(growth.tokens[0]), y(1)), (x(growth.tokens[-1]), y(1))], "wb-svg-limit"))
+        parts.append(_text(_LEFT - 4, y(1) + 4, "100 %", "end"))
+    else:
+        parts.append(_text(_LEFT - 4, y(highest / 1.1) + 4, f"{100 * highest / 1.1:.2g} %", "end"))
     for index, (device, shares) in enumerate(used.items()):
         places = [(x(tokens), y(share)) for tokens, share in zip(growth.tokens, shares, strict=True)]
         parts.append(_line(places, "wb-svg-line", device_colour(device), _DASHES[index % len(_DASHES)]))
-        if shares[-1] <= highest:
-            parts.append(_text(_WIDE - _RIGHT + 4, places[-1][1] + 4, device_label(device)))
-        else:
-            inside = next(place for place, share in zip(places, shares, strict=True) if share > highest)
-            parts.append(_text(inside[0] - 4, _TOP + 10 + 12 * index, device_label(device), "end"))
+    ends = sorted((y(shares[-1]), device_label(device)) for device, shares in used.items())
+    lowest = _TOP - _LABEL_PX
+    for place, label in ends:
+        lowest = max(place + 4, lowest + _LABEL_PX)
+        parts.append(_text(_WIDE - _RIGHT + 4, lowest, label))
     named = growth.tokens[:: max(1, math.ceil(len(growth.tokens) / 6))]
     parts += [_text(x(tokens), _HIGH - _BOTTOM + 14, _short_count(tokens), "middle") for tokens in named]
     if 0 < growth.longest < growth.tokens[-1]:
@@ -256,7 +259,7 @@ def sweep_svg(sweep: Sweep) -> str:
     def x(budget_bytes: int) -> float:
         return _across(budget_bytes / top)
 
-    parts = [_axes(f"budget of {device_label(sweep.device)}", "")]
+    parts = [_axes(f"budget of {device_label(sweep.device)}")]
     parts += [
         f'<rect class="wb-svg-bad" x="{x(a.budget_bytes):.1f}" y="{_TOP}" '
         f'width="{x(b.budget_bytes) - x(a.budget_bytes):.1f}" height="{_HIGH - _TOP - _BOTTOM}"/>'
@@ -313,11 +316,9 @@ def _up(share: float) -> float:
     return _HIGH - _BOTTOM - share * (_HIGH - _TOP - _BOTTOM)
 
 
-def _axes(below: str, beside: str) -> str:
-    frame = f'<path class="wb-svg-axis" d="M{_LEFT} {_TOP}V{_HIGH - _BOTTOM}H{_WIDE - _RIGHT}V{_TOP}"/>' + _text(
-        _across(0.5), _HIGH - 6, below, "middle"
-    )
-    return frame + (f"<desc>{escape(beside)}</desc>" if beside else "")
+def _axes(below: str) -> str:
+    frame = f'<path class="wb-svg-axis" d="M{_LEFT} {_TOP}V{_HIGH - _BOTTOM}H{_WIDE - _RIGHT}V{_TOP}"/>'
+    return frame + _text(_across(0.5), _HIGH - 6, below, "middle")
 
 
 def _line(points: Sequence[tuple[float, float]], name: str, colour: str = "", dash: str = "") -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from workbench.panels.picture import ChartSpec
     from workbench.panels.state import State
     from workbench.placement import Placement
+    from workbench.sizes import Sizes
 
 VERDICTS = {"fits": ("✓", "Fits"), "offloads": ("⇅", "Offloads"), "does_not_fit": ("✗", "Does not fit")}
 
@@ -41,6 +42,7 @@ class PreviewPanel:
         self._state = state
         self.chart: Chart | None = None
         self._closed = False
+        self._kinds: tuple[Sizes, dict[str, dict[str, int]]] | None = None
         self.page = classed(Page(), "wb-page")
         self._verdict = html("wb-verdict")
         self._doing = html("wb-doing")
@@ -154,7 +156,10 @@ class PreviewPanel:
         same = loaded and session.recipe == placement.recipe
         kinds = None
         if self.hands.kinds.value and skeleton is not None:
-            kinds = kinds_by_block(sizes_of(skeleton.on(placement.machine), placement.recipe.precision))
+            sizes = sizes_of(skeleton.on(placement.machine), placement.recipe.precision)
+            if self._kinds is None or self._kinds[0] is not sizes:
+                self._kinds = sizes, kinds_by_block(sizes)
+            kinds = self._kinds[1]
         return chart_spec(
             placement,
             width_px=self.page.width_px,

@@ -331,7 +331,8 @@ export default {
         run.style.left = `${left(first)}%`;
         run.style.width = `${wide(last - first + 1)}%`;
         run.style.setProperty("--wb-run", colour);
-        run.textContent = fetched ? `${label} · fetches ${fetched} a token` : label;
+        const pixels = (wide(last - first + 1) * (strip.clientWidth || 600)) / 100;
+        if (pixels > 38) run.textContent = fetched ? `${label} · fetches ${fetched} a token` : label;
       }
       for (const [after, amount, text] of picture.crossings) {
         const arrow = make("div", "wb-crossing", strip, { title: text });
@@ -350,8 +351,11 @@ export default {
     };
     model.on("change:picture", draw);
     model.on("change:live", drawMarks);
+    const ruler = new ResizeObserver(() => { if (picture.bars) drawStrip(); });
+    ruler.observe(el);
     draw();
     return () => {
+      ruler.disconnect();
       model.off("change:picture", draw);
       model.off("change:live", drawMarks);
       document.removeEventListener("pointerdown", away);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,19 +42,13 @@ def kind_of(tensor: str) -> str:
     return next((kind for kind, words in _KIND_WORDS if re.search(words, tensor)), "other")
 
 
-_kinds: weakref.WeakKeyDictionary[Sizes, dict[str, dict[str, int]]] = weakref.WeakKeyDictionary()
-
-
 def kinds_by_block(sizes: Sizes) -> dict[str, dict[str, int]]:
     """Layer name to the bytes, in the chosen precision, of each kind of module in it."""
-    if sizes in _kinds:
-        return _kinds[sizes]
     found: dict[str, dict[str, int]] = {}
     for tensor in sizes.tensors:
         kinds = found.setdefault(sizes.block_of[tensor.name], {})
         kind = kind_of(tensor.name)
         kinds[kind] = kinds.get(kind, 0) + tensor.after_bytes
-    _kinds[sizes] = found
     return found
 
 

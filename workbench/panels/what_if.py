@@ -171,7 +171,9 @@ class WhatIfPanel:
                 return
             labels = [(device_label(device), device) for device in placement.memory]
             if list(self.device.options) != labels:
+                before = self.device.value
                 self.device.options = labels
+                self.device.value = before if before in placement.memory else labels[0][1]
             device = self.device.value
             key = (placement.recipe, placement.machine, placement.kv_cache_bytes is None, device)
         if key == self._done:
