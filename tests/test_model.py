@@ -232,3 +232,16 @@ def test_unknown_keywords_of_functions() -> None:
         TypeError, match=r"cook has no option 'peper'. Did you mean 'pepper'\? Valid options: salt, pepper"
     ):
         cook(peper=1)
+
+
+def test_a_hub_that_refuses_the_connection_is_a_sentence(tiny_llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, workbench as wb\n"
+        "try: wb.read_skeleton('org/tiny')\n"
+        "except ValueError as error: print(json.dumps({'said': str(error)}))\n"
+    )
+    with HubServer(repos={"org/tiny": tiny_llama}) as hub:
+        env = hub.env(tmp_path)
+    # The server is gone: nothing listens there any more.
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "The Hub cannot be asked for 'org/tiny'" in json.loads(result.stdout.splitlines()[-1])["said"]

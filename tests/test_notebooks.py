@@ -44,9 +44,20 @@ SHOWS = {
         "98 % of this model are experts that bitsandbytes does not quantize",
         "Workbench(",
     ],
-    "2-int8": ["outliers multiplied apart", "threshold  6.0: error", "has no linear module", "int8            Fits on cuda:0"],
+    "2-int8": [
+        "outliers multiplied apart",
+        "threshold  6.0: error",
+        "has no linear module",
+        "int8            Fits on cuda:0",
+    ],
     "3-four-bits": ["nf4: -1.00", "bits a weight: 4.500, with double quantization 4.127", "experts that bitsandbytes"],
-    "5-offload": ["Offloads: ", "disk, read ahead", "leaves out model.norm", "no module 'model.layer.0'", "parts lm_head"],
+    "5-offload": [
+        "Offloads: ",
+        "disk, read ahead",
+        "leaves out model.norm",
+        "no module 'model.layer.0'",
+        "parts lm_head",
+    ],
     "8-core": ["Paris", "as previewed", "AutoModelForCausalLM.from_pretrained(", "Valid options", "nf4"],
 }
 

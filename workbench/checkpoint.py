@@ -33,6 +33,7 @@ _NAMES = {
     "compressed-tensors": "compressed-tensors",
     "fbgemm_fp8": "fp8 (FBGEMM)",
     "fp8": "fp8",
+    "gguf": "GGUF",
     "gptq": "GPTQ",
     "hqq": "HQQ",
     "mxfp4": "mxfp4",
@@ -45,6 +46,16 @@ _BUILT = {
     "bitsandbytes": ("bitsandbytes",),
     "fp8": (),
     "gptq": ("gptqmodel", "optimum"),
+}
+# What a load takes besides transformers, as far as pip has it.
+PACKAGES = {
+    "awq": "gptqmodel optimum",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "gguf": "gguf",
+    "gptq": "gptqmodel optimum",
+    "mxfp4": "kernels",
+    "torchao": "torchao",
 }
 # GPUs that are older than a method's kernels: compute capability under 8.9 for fp8, under 7.5 for mxfp4.
 _BEFORE_TURING = r"\b(P100|P40|P4|V100|K80|M60|M40|TITAN|GTX 10\d\d)\b"

@@ -95,6 +95,11 @@ def _load(
     placement = place(recipe, machine=machine or here, skeleton=skeleton)
     if placement.verdict == "does_not_fit":
         raise ValueError(" ".join((placement.summary, *(placement.advice or ()))))
+    if skeleton.source.gguf_file is not None and "disk" in placement.device_map.values():
+        raise ValueError(
+            f"{skeleton.source.title} is a GGUF file, of which transformers puts nothing on disk: raise the other "
+            "budgets, or save the loaded model once with save_pretrained and name that folder."
+        )
     if skeleton.not_loadable_because is not None:
         raise ValueError(
             f"{skeleton.source.title} is quantized ({skeleton.quantized_as}), and this machine cannot load it: "
@@ -249,14 +254,13 @@ def _from_pretrained(
 ) -> tuple[Any, dict[str, Any]]:
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GgufConfig
 
     _quiet_bitsandbytes()
     source = skeleton.source
     options: dict[str, Any] = {
-        "revision": source.revision,
-        "trust_remote_code": source.trust_remote_code,
-        "use_safetensors": None if source.allow_pickle else True,
+        **source.arguments,
+        "use_safetensors": None if source.allow_pickle or source.gguf_file else True,
         "dtype": getattr(torch, placement.dtype),
         "device_map": dict(placement.device_map),
         "offload_folder": offload_folder,
@@ -265,6 +269,8 @@ def _from_pretrained(
     }
     if config is not None:
         options["config"] = config
+    elif source.gguf_file is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)
     elif skeleton.quantized_as is None:  # a None here would hide what a quantized checkpoint says of itself
         options["quantization_config"] = placement.recipe.precision.to_config(placement.dtype)
     if not source.is_local:
@@ -325,9 +331,7 @@ def read_tokenizer(skeleton: Skeleton) -> Any | None:
 
     source = skeleton.source
     try:
-        return AutoTokenizer.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(source.location, **source.arguments)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
 

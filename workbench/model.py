@@ -162,6 +162,7 @@ class Source:
         trust_remote_code: As the :class:`ModelRef` says.
         allow_pickle: As the :class:`ModelRef` says.
         notes: What had to be put right to read it, in sentences.
+        gguf_file: The name of the GGUF file that holds everything; None for an ordinary model.
     """
 
     location: str
@@ -174,6 +175,13 @@ class Source:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     notes: tuple[str, ...] = ()
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` takes besides the location."""
+        found = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return found if self.gguf_file is None else {**found, "gguf_file": self.gguf_file}
 
     @property
     def weight_files(self) -> tuple[ModelFile, ...]:
@@ -204,6 +212,8 @@ def find_model(ref: ModelRef | str) -> Source:
     if folder.is_dir():
         return _find_folder(folder, ref)
     if folder.is_file():
+        if folder.suffix == ".gguf":
+            return _find_gguf(folder, ref)
         raise ValueError(f"{ref.name} is a file; name the folder that holds the model's config.json.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", ref.name):
         raise ValueError(f"There is no folder {ref.name}, and it is no Hub id (those look like 'org/name').")
@@ -215,11 +225,11 @@ def find_model(ref: ModelRef | str) -> Source:
 def _find_folder(folder: Path, ref: ModelRef, title: str | None = None, licence: str | None = None) -> Source:
     config = folder / "config.json"
     if not config.is_file():
-        if any(folder.glob("*.gguf")):
-            raise ValueError(
-                f"{folder} holds a GGUF file and no config.json: write it out once with transformers "
-                "(AutoModelForCausalLM.from_pretrained(folder, gguf_file=...), then save_pretrained), and name that."
-            )
+        packed = sorted(folder.glob("*.gguf"))
+        if len(packed) == 1:
+            return _find_gguf(packed[0], ref)
+        if packed:
+            raise ValueError(f"{folder} holds {len(packed)} GGUF files: name one, such as {packed[0]}.")
         raise ValueError(f"{folder} holds no config.json: name the folder that save_pretrained wrote.")
     from workbench.gptq_files import staged_folder
 
@@ -245,6 +255,21 @@ def _find_folder(folder: Path, ref: ModelRef, title: str | None = None, licence:
     )
 
 
+def _find_gguf(file: Path, ref: ModelRef) -> Source:
+    status = file.stat()
+    return Source(
+        location=str(file.parent.resolve()),
+        revision=None,
+        is_local=True,
+        title=file.stem,
+        licence=_card_licence(file.parent / "README.md"),
+        files=(ModelFile(name=file.name, size_bytes=status.st_size),),
+        fingerprint=f"{status.st_mtime_ns}:{file.name}:{status.st_size}",
+        trust_remote_code=ref.trust_remote_code,
+        gguf_file=file.name,
+    )
+
+
 def _card_licence(card: Path) -> str | None:
     """Return the licence that a model card's front matter states."""
     if not card.is_file():
@@ -262,9 +287,7 @@ def _find_on_hub(ref: ModelRef) -> Source:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -282,7 +305,7 @@ def _find_on_hub(ref: ModelRef) -> Source:
         raise ValueError(f"{ref.name} has no revision {ref.revision!r} on the Hub; leave it out.") from None
     except HFValidationError:
         raise ValueError(f"{ref.name!r} is no folder and no Hub id; those look like 'org/name'.") from None
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a refused connection is whatever the HTTP library of the day raises
         cached = try_to_load_from_cache(ref.name, "config.json", revision=ref.revision)
         if isinstance(cached, str):
             snapshot = Path(cached).parent
@@ -311,9 +334,15 @@ def _find_on_hub(ref: ModelRef) -> Source:
 
 
 def _check_hub_names(ref: ModelRef, files: tuple[ModelFile, ...]) -> None:
-    """Turn away weights under names of their own: only a local folder can be put right."""
+    """Turn away weights under names of their own: only what is on this machine can be put right or picked from."""
     from workbench.gptq_files import STANDARD_NAMES
 
+    packed = [f.name for f in files if f.name.endswith(".gguf")]
+    if packed and "config.json" not in {f.name for f in files}:
+        raise ValueError(
+            f"{ref.name} holds GGUF files: fetch one with huggingface_hub.hf_hub_download({ref.name!r}, {packed[0]!r}) "
+            "and name the file that this returns."
+        )
     names = [f.name for f in files if "/" not in f.name and f.name.endswith(_WEIGHT_SUFFIXES[:-1])]
     if ref.model_basename or ref.quantize_config or (names and not {f.name for f in files} & set(STANDARD_NAMES)):
         raise ValueError(
@@ -456,7 +485,7 @@ def check_weights(source: Source) -> None:
     if not files:
         raise ValueError(f"{source.title} has a config but no weights: it can be previewed, not loaded.")
     safe = [f for f in files if f.name.endswith(".safetensors")]
-    if not safe and not source.allow_pickle:
+    if not safe and not source.allow_pickle and source.gguf_file is None:
         raise ValueError(
             f"{source.title} has its weights only as pickles ({files[0].name}), which can run code while they are "
             "read; if you trust its author, say so with ModelRef(name=..., allow_pickle=True)."
@@ -484,10 +513,10 @@ def read_config(source: Source) -> Any:
     """
     from transformers import AutoConfig
 
+    if source.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise ValueError("A GGUF file needs gguf: run `pip install gguf`, then restart.")
     try:
-        return AutoConfig.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(source.location, **source.arguments)
     except Exception as error:  # model types validate their configs in ways of their own
         reason = " ".join(str(error).split())
         if "gated repo" in reason:
@@ -497,4 +526,5 @@ def read_config(source: Source) -> Any:
                 f"{source.title} needs Python code that comes with it, which could do anything on this machine; if you "
                 "trust its author, say so with ModelRef(name=..., trust_remote_code=True)."
             ) from None
-        raise ValueError(f"The config.json of {source.title} cannot be used: {reason[:300]}") from error
+        what = "config.json" if source.gguf_file is None else "header"
+        raise ValueError(f"The {what} of {source.title} cannot be used: {reason[:300]}") from error

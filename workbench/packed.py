@@ -295,6 +295,8 @@ def _items(
     activations: dict[str, int] = {}
     if cost is not None:
         cache = cost.cache_by_block(recipe.workload, skeleton.decoder_blocks)
+        for name, kept in cost.kept_bytes(recipe.workload).items():
+            cache[name] = cache.get(name, 0) + kept
         activations = cost.activation_bytes(recipe.workload)
     # A weight is on the device whole before bitsandbytes has quantized it.
     whole = max((t.kept_bytes for t in sizes.tensors if t.quantized), default=0) if quantizes else 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from workbench.checkpoint import PACKAGES
 from workbench.hardware import DeviceId, device_label, parse_bytes
 from workbench.model import ModelRef, refuses_unknown
 from workbench.precision import (
@@ -212,8 +213,12 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
         common.append(f"revision={ref.revision!r}")
     if ref.trust_remote_code:
         common.append("trust_remote_code=True")
+    if source.gguf_file is not None:
+        common.append(f"gguf_file={source.gguf_file!r}")
     arguments = [*common, f"dtype=torch.{dtype}", "device_map=device_map"]
-    if not ref.allow_pickle:
+    if source.gguf_file is not None:
+        arguments.append("quantization_config=GgufConfig(dequantize=True)")
+    elif not ref.allow_pickle:
         arguments.append("use_safetensors=True")
     if device_map is None:
         map_lines = [f'device_map = "{recipe.strategy}"']
@@ -230,15 +235,20 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
         arguments.append("offload_buffers=True")
 
     auto_class = "AutoModelForSeq2SeqLM" if skeleton.is_encoder_decoder else "AutoModelForCausalLM"
-    config_class = ", GPTQConfig" if precision.method == "gptq" else ", BitsAndBytesConfig"
+    config_class = ""
+    if quantization:
+        config_class = ", GPTQConfig" if precision.method == "gptq" else ", BitsAndBytesConfig"
+    elif source.gguf_file is not None:
+        config_class = ", GgufConfig"
+    package = PACKAGES.get(skeleton.quant_method or "", precision.package)
     # What a decoder alone returns begins with the prompt.
     answer = "" if skeleton.is_encoder_decoder else '[inputs["input_ids"].shape[1]:]'
     lines = [
-        f"# {source.title}, {precision.label}.",
-        "# pip install torch transformers accelerate" + (f" {precision.package}" if precision.package else ""),
+        f"# {source.title}, {skeleton.quantized_as or precision.label}.",
+        "# pip install torch transformers accelerate" + (f" {package}" if package else ""),
         *(["import logging", ""] if precision.method == "int8" else []),
         "import torch",
-        f"from transformers import {auto_class}, AutoTokenizer{config_class if quantization else ''}",
+        f"from transformers import {auto_class}, AutoTokenizer{config_class}",
         "",
         f"MODEL = {source.location!r}",
         "",

@@ -276,6 +276,8 @@ def _read(source: Source) -> Skeleton:
     model_class, config = _model_class(config, source)
     options = getattr(config, "quantization_config", None)
     options = None if options is None else checkpoint.as_dict(options)
+    if source.gguf_file is not None:
+        options = config.quantization_config = {"quant_method": "gguf"}
     dtype = _checkpoint_dtype(config, source)
     try:
         meta = _build_meta(model_class, config, dtype)
@@ -309,6 +311,7 @@ def _read(source: Source) -> Skeleton:
         is_encoder_decoder=_seq2seq_class(config) is model_class,
         config=config,
         model_class=model_class,
+        unpacked_because=None if source.gguf_file is None else "only then can every layer of it run anywhere",
     )
 
 
@@ -361,6 +364,8 @@ def _checkpoint_dtype(config: Any, source: Source) -> str:
     """Return what ``dtype="auto"`` resolves to: the config's word, else the first floating tensor of the checkpoint."""
     if getattr(config, "dtype", None) is not None:
         return str(config.dtype).removeprefix("torch.")
+    if source.gguf_file is not None:
+        return "bfloat16"  # its blocks have none, and transformers' own choice is twice as large
     safetensors = [f.name for f in source.weight_files if f.name.endswith(".safetensors")]
     if safetensors:
         dtype = _first_floating_dtype(source, safetensors[0])

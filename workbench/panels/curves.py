@@ -231,7 +231,7 @@ def growth_svg(growth: Growth) -> str:
         places = [(x(tokens), y(share)) for tokens, share in zip(growth.tokens, shares, strict=True)]
         parts.append(_line(places, "wb-svg-line", device_colour(device), _DASHES[index % len(_DASHES)]))
     ends = sorted((y(shares[-1]), device_label(device)) for device, shares in used.items())
-    lowest = _TOP - _LABEL_PX
+    lowest = float(_TOP - _LABEL_PX)
     for place, label in ends:
         lowest = max(place + 4, lowest + _LABEL_PX)
         parts.append(_text(_WIDE - _RIGHT + 4, lowest, label))

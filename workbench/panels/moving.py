@@ -104,7 +104,7 @@ class History:
         self._lock = threading.RLock()
         self._travelling = False
         self._last: tuple[tuple[str, ...], float] = ((), 0.0)
-        self._devices = [d.id for d in state.machine.devices]
+        self._devices = [(d.id, d.total_bytes) for d in state.machine.devices]
         self.done: list[Recipe] = []
         self.undone: list[Recipe] = []
         state.observe(self._note, "recipe")
@@ -164,7 +164,7 @@ class History:
             del self.done[:-_MOST_STEPS]
 
     def _begin_anew(self, _: object) -> None:
-        devices = [d.id for d in self._state.machine.devices]
+        devices = [(d.id, d.total_bytes) for d in self._state.machine.devices]
         if devices != self._devices:
             self._devices = devices
             self.done.clear()
