@@ -142,7 +142,7 @@ def build_wheel(folder: Path) -> Path:
 def pretend_installed(folder: Path) -> Path:
     """An environment that says it holds every listed package; returns its Python."""
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
-    (packages,) = folder.glob("lib*/python*/site-packages")
+    (packages,) = folder.glob("lib/python*/site-packages")
     for line in LISTED.read_text().splitlines():
         if line.startswith("#"):
             continue

@@ -129,6 +129,17 @@ def test_the_report(done: tuple[Path, wb.QuantizeReport, list[Any]]) -> None:
     assert str(folder) == report.folder
 
 
+def test_the_plan_foretells_the_size(done: tuple[Path, wb.QuantizeReport, list[Any]], tiny_llama: Path) -> None:
+    plan = wb.plan_quantization(recipe(tiny_llama), calibration=TEXT, batch_size=3)
+    assert plan.output_bytes == done[1].after_bytes
+    assert plan.module_count == 14
+    assert plan.works_on == "cpu"
+    assert plan.hidden_bytes == 8 * 64 * 64 * 2  # sequences, tokens, width, bfloat16
+    # Everything but down has 64 inputs: q, k, v, o, gate and up have 448 outputs. Four squares and six copies, float32.
+    assert plan.rounding_bytes == max(4 * (4 * 64**2 + 6 * 448 * 64), 4 * (4 * 128**2 + 6 * 64 * 128))
+    assert all(line in [step.text for step in done[2]] for line in plan.lines[1:])
+
+
 def test_progress(done: tuple[Path, wb.QuantizeReport, list[Any]]) -> None:
     _, report, steps = done
     stages = list(dict.fromkeys(step.stage for step in steps))

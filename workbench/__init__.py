@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.calibration import CalibrationText
 from workbench.compare import Fit, what_fits
 from workbench.gptq import QuantizeProgress, QuantizeReport, quantize
+from workbench.gptq_plan import QuantizePlan, plan_quantization
 from workbench.hardware import Device, Machine
 from workbench.loading import load
 from workbench.model import ModelRef, fetch_demo_model
@@ -46,6 +47,7 @@ __all__ = [
     "ModelRef",
     "Placement",
     "Progress",
+    "QuantizePlan",
     "QuantizeProgress",
     "QuantizeReport",
     "Reason",
@@ -59,6 +61,7 @@ __all__ = [
     "fetch_demo_model",
     "load",
     "place",
+    "plan_quantization",
     "predict_load_seconds",
     "predict_speed",
     "quantize",
