@@ -4,7 +4,7 @@ Makes each model with random weights, previews it, loads it on the CPU in each p
 docs/exact.md. Beside ours stand the two figures that people use: ``get_memory_footprint()`` and what
 ``accelerate estimate-memory`` says. Exits with 1 if a preview differs from its load by a single byte.
 
-    python benchmarks/exact.py [--only llama,gpt2 | --only seq2seq] [--columns "GPTQ 4-bit,nf4"] [--to FILE] [--jobs 2]
+    python benchmarks/exact.py [--only llama,gpt2 | --only seq2seq] [--columns "GPTQ 4-bit;nf4"] [--to FILE] [--jobs 2]
 
 With ``--only`` or ``--columns`` the report is printed, or written to the file named, and docs/exact.md stays as it is.
 """
@@ -75,7 +75,7 @@ PRECISIONS = {
 def columns() -> dict[str, str]:
     """The precisions of this run."""
     asked = os.environ.get(_COLUMNS)
-    return PRECISIONS if asked is None else {title: PRECISIONS[title] for title in asked.split(",")}
+    return PRECISIONS if asked is None else {title: PRECISIONS[title] for title in asked.split(";")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,16 +431,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TYPES", help="model types, separated by commas")
     parser.add_argument("--jobs", type=int, default=1, help="how many processes (default 1)")
-    parser.add_argument("--columns", default="", metavar="TITLES", help="precisions, separated by commas")
+    parser.add_argument("--columns", default="", metavar="TITLES", help="precisions, separated by semicolons")
     parser.add_argument("--to", type=Path, metavar="FILE", help="where to write the report of a part")
     options = parser.parse_args()
     chosen = tuple(options.only.split(",")) if options.only else row_names()
     if options.only == "seq2seq":
         chosen = row_names()[len(model_types()) :]
-    titles = options.columns.split(",") if options.columns else list(PRECISIONS)
+    titles = options.columns.split(";") if options.columns else list(PRECISIONS)
     if not set(titles) <= set(PRECISIONS):
         parser.error(f"the columns are {', '.join(PRECISIONS)}")
-    os.environ[_COLUMNS] = ",".join(titles)  # other processes read it too
+    os.environ[_COLUMNS] = ";".join(titles)  # other processes read it too
     unknown = set(chosen) - set(row_names())
     if unknown:
         parser.error(
