@@ -73,7 +73,7 @@ def test_load_shows_what_was_foretold_beside_what_is_there(bench: wb.Workbench) 
     assert "Loaded as previewed" in report
     # 279,168 bytes by the fixture's own count of its parameters, and two buffers of 8 rotary frequencies in float32.
     assert report.count('title="279,232 bytes"') == 2
-    assert find(bench, "wb-progress").value == 1000
+    assert find(bench, "wb-load-progress").value == 1000
 
     send(find(bench, "wb-memory-text-cpu"), value="400MB")
     assert "differs" in find(bench, "wb-differs").value
@@ -107,7 +107,7 @@ def test_a_load_can_be_cancelled_and_everything_else_works_meanwhile(
     assert began.wait(60)
     assert threads[0].startswith("workbench-torch")
     assert enabled(bench) == {"wb-cancel"}
-    assert find(bench, "wb-progress").value == 250
+    assert find(bench, "wb-load-progress").value == 250
     assert "reading &lt;weights&gt; 1 of 4" in find(bench, "wb-load-text").value
     send(find(bench, "wb-memory-text-cpu"), value="300MB")
     assert bench.placement is not None
@@ -222,7 +222,7 @@ def test_closing_in_mid_answer_stops_it(loaded: wb.Workbench) -> None:
 def test_the_code_is_written_when_it_is_looked_at(bench: wb.Workbench, tiny_llama: Path) -> None:
     view, tabs = find(bench, "wb-code"), find(bench, "wb-tabs")
     assert view.code == ""
-    send(tabs, selected_index=5)
+    send(tabs, selected_index=6)
     assert bench.placement is not None
     assert view.code == bench.recipe.to_python(bench.placement)
     assert repr(str(tiny_llama)) in view.code
@@ -268,7 +268,7 @@ def test_a_file_that_is_no_recipe_changes_nothing(bench: wb.Workbench, content: 
 def test_compare_shows_every_precision_and_takes_one_over(bench: wb.Workbench) -> None:
     click(find(bench, "wb-compare"))
     wait_for(lambda: not find(bench, "wb-compare").disabled)
-    table = find(bench, "wb-compare-table").value
+    table = find(bench, "wb-fits-table").value
     for label in ("full precision", "int8", "nf4", "nf4 + double quantization"):
         assert f"<td>{label}</td>" in table
     assert table.count("✓ Fits") == 4

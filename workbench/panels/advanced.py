@@ -86,7 +86,9 @@ def advanced(state: State) -> w.Accordion:
     )
     note = html("wb-note", value="With accelerate's names and defaults.")
     box = classed(
-        w.Accordion([w.VBox([no_split, fallback, buffers, folder, note])], titles=("Advanced",)), "wb-advanced"
+        w.Accordion([w.VBox([no_split, fallback, buffers, folder, note])], titles=("Advanced",)),
+        "wb-advanced",
+        "wb-knobs",
     )
     box.selected_index = None
     return box

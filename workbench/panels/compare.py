@@ -45,7 +45,7 @@ class ComparePanel:
             "wb-compare",
         )
         self._note = html("wb-note", "wb-compare-note")
-        self._table = html("wb-compare-table")
+        self._table = html("wb-compare-table", "wb-fits-table")
         self._uses = classed(w.HBox([]), "wb-row", "wb-use-precision")
         self._pinned = html("wb-compare-table", "wb-pinned")
         self.box = w.VBox(

@@ -47,7 +47,9 @@ class LoadPanel:
         )
         self.cancel = classed(w.Button(description="Cancel", tooltip="Stop loading"), "wb-cancel")
         self.unload = classed(w.Button(description="Unload", tooltip="Give the model's memory back"), "wb-unload")
-        self._bar = classed(w.IntProgress(min=0, max=_PROGRESS_STEPS, tooltip="How much is loaded"), "wb-progress")
+        self._bar = classed(
+            w.IntProgress(min=0, max=_PROGRESS_STEPS, tooltip="How much is loaded"), "wb-progress", "wb-load-progress"
+        )
         self._text = html("wb-note", "wb-load-text")
         self._differs = html("wb-note", "wb-differs")
         self._report = html("wb-load-report")
