@@ -174,7 +174,7 @@ def test_a_reloaded_page_shows_what_is_current(lab: Lab) -> None:
         " workload=wb.Workload(context_length=1024))"
     )
     verdict(lab, lab.evaluate("{'offloads': 'Offloads', 'does_not_fit': 'Does not fit'}[bench.placement.verdict]"))
-    lab.execute("from workbench.panels.chart import chart_spec; spec = chart_spec(bench.placement)")
+    lab.execute("from workbench.panels.picture import chart_spec; spec = chart_spec(bench.placement)")
     drawn = settled(lab)
     assert drawn["colours"] == lab.evaluate("[block.colour for block in spec.blocks]")
     assert len(set(drawn["colours"])) == 2
