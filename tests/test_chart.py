@@ -2,12 +2,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
 from workbench.hardware import Device, Machine
 from workbench.panels.chart import Chart
-from workbench.panels.picture import KINDS, MODULE_KINDS, chart_height, chart_spec, device_colour, spec_as_html
+from workbench.panels.picture import (
+    KINDS,
+    MODULE_KINDS,
+    chart_height,
+    chart_spec,
+    device_colour,
+    device_pattern,
+    overlay,
+    spec_as_html,
+)
 from workbench.placement import DeviceMemory, Layer, Placement
 from workbench.precision import FullPrecision
 from workbench.recipe import Recipe
@@ -164,3 +174,63 @@ def test_one_figure_is_updated_in_place_and_a_page_that_comes_later_reads_what_i
     for part in (figure.layout, figure):
         if hasattr(part, "close"):
             part.close()
+
+
+def test_what_is_measured_stands_on_what_was_foretold_with_the_difference_named() -> None:
+    weights = placement().memory[0].weight_bytes
+    gpu, cpu = chart_spec(placement(), measured={0: weights + 1000, "cpu": placement().memory["cpu"].weight_bytes}).bars
+    assert gpu.measured_bytes == weights + 1000
+    assert gpu.text.endswith("weights measured 2.5 GiB (+1,000 bytes)")
+    assert cpu.text.endswith("(as foretold)")
+    assert chart_spec(placement()).bars[0].measured_bytes is None
+
+
+def test_a_pinned_placement_is_a_ghost_of_bars_and_blocks() -> None:
+    before = placement()
+    moved = tuple(dataclasses.replace(layer, device="cpu", bytes_after=GIB) for layer in before.layers)
+    spec = chart_spec(dataclasses.replace(before, layers=moved), pinned=before)
+    assert [bar.pinned_bytes for bar in spec.bars] == [before.memory[d].used_bytes for d in (0, "cpu")]
+    assert [block.pinned_bytes for block in spec.blocks] == [layer.bytes_after for layer in before.layers]
+    assert "pinned: 1.0 GiB (1,073,741,824 bytes) on cuda:0" in spec.blocks[0].hover
+    assert "pinned" not in chart_spec(before, pinned=before).blocks[0].hover
+
+
+def test_runs_say_what_is_fetched_for_every_token() -> None:
+    first, second = chart_spec(placement()).runs
+    # Embedding and layers 0 to 2 on GPU 0; layer 3, norm and head wait on the CPU.
+    assert (first.first, first.last, first.device_label, first.fetched_bytes) == (0, 3, "cuda:0", 0)
+    assert (second.first, second.last, second.fetched_bytes) == (4, 6, GIB // 2 + 100 + GIB)
+    assert second.text.endswith("on cpu, brought to cuda:0 for every token")
+    assert chart_spec(placement()).crossings == ()  # all of it runs on GPU 0
+
+
+def test_the_layer_over_the_figure_has_everything_in_the_same_order() -> None:
+    spec = chart_spec(placement(homeless=1))
+    picture: dict[str, Any] = overlay(spec, {"cuda:0": (8.0, 0.05), "cpu": (8.0, 0.05)})
+    assert picture["names"] == [block.name for block in spec.blocks]
+    assert picture["homes"][-1] == "no room"
+    tops = [bar["top"] for bar in picture["bars"]]
+    assert tops == sorted(tops)
+    assert tops[-1] + picture["bar_height"] < picture["layers_top"]
+    assert picture["layers_top"] + picture["layers_height"] < spec.height_px
+
+
+def test_kinds_add_up_to_the_layer() -> None:
+    kinds = {"model.layers.0": {"attention": 1, "MLP": 2}}
+    spec = chart_spec(placement(), kinds=kinds)
+    parts = dict(zip(MODULE_KINDS, spec.blocks[1].kind_bytes, strict=True))
+    assert sum(parts.values()) == spec.blocks[1].size_bytes
+    assert parts["MLP"] == pytest.approx(2 * parts["attention"], abs=2)
+    assert dict(zip(MODULE_KINDS, spec.blocks[0].kind_bytes, strict=True))["other"] == GIB
+
+
+def test_a_narrow_picture_says_less_above_its_bars() -> None:
+    wide, narrow = (chart_spec(placement(kv_cache_bytes=None), width_px=px).bars[0].text for px in (900, 330))
+    assert narrow == "<b>cuda:0</b> 2.8 GiB of 8.0 GiB · limit 4.0 GiB"
+    assert len(wide) > len(narrow)
+
+
+def test_every_device_has_a_hatching_beside_its_colour() -> None:
+    looks = [(device_colour(which), device_pattern(which)) for which in (*range(8), "cpu", "disk", None)]
+    assert len(set(looks)) == len(looks)
+    assert len({pattern for _, pattern in (looks[0], looks[1], looks[-3], looks[-2], looks[-1])}) == 5

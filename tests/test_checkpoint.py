@@ -77,6 +77,29 @@ def test_bitsandbytes_checkpoints(name: str, tiny_llama: Path, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_bitsandbytes_has_packed_stays_packed_whatever_is_stated(
+    bits: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=options, device_map={"": "cpu"}, dtype="auto"
+    )
+    model.save_pretrained(tmp_path)
+    expected = wb.place(recipe(tmp_path)).total_bytes
+    # transformers would take the packed weights of modules on the CPU for unquantized ones.
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["llm_int8_enable_fp32_cpu_offload"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config, indent=1))
+    session = wb.load(recipe(tmp_path))
+    assert session.load_report.matches, session.load_report.lines
+    assert session.load_report.measured_bytes == {"cpu": expected}
+    session.unload()
+    split = recipe(tmp_path, max_memory={"cpu": 6 * expected // 10, "disk": "1GiB"})
+    assert "would wait on disk, where bitsandbytes keeps nothing that is quantized already" in wb.place(split).summary
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the folder made by AutoGPTQ 0.7.1 is not beside this checkout")
 @pytest.mark.parametrize("share", [2.0, 0.75, 0.5])
 def test_a_gptq_checkpoint_and_its_maps(share: float, tmp_path: Path) -> None:
@@ -263,8 +286,11 @@ def test_torchao_is_previewed_by_its_files(name: str, tmp_path: Path) -> None:
     session.unload()
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is not None,
+    reason="compressed-tensors is installed, and this is about a method whose library is not",
+)
 def test_a_method_whose_library_is_not_here(tiny_llama: Path, tmp_path: Path) -> None:
-    assert importlib.util.find_spec("compressed_tensors") is None
     in_files = save_packed("compressed-tensors", tiny_llama, tmp_path)
     skeleton = wb.read_skeleton(str(tmp_path))
     assert skeleton.quantized_as == "compressed-tensors, pack-quantized"

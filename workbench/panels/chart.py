@@ -156,6 +156,7 @@ class Chart:
         before = [block.pinned_bytes for block in spec.blocks]
         if any(size is not None for size in before):
             pinned.x, pinned.y = places, [(size or 0) / spec.unit_bytes for size in before]
+            pinned.marker.color = ["rgba(0,0,0,0)"] * len(places)  # a lone one gives way to plotly's own colours
             pinned.visible = True
         elif pinned.visible:
             pinned.visible = False

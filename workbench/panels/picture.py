@@ -42,6 +42,7 @@ MODULE_KINDS = {
 
 BAR_PX, LAYERS_PX, TOP_PX, GAP_PX, BOTTOM_PX, LEFT_PX, RIGHT_PX = 42, 150, 4, 34, 44, 44, 18
 _MOST_TICKS, _TICK_PX = 10, 48
+_NARROW_PX = 520  # below that texts above bars are cut short
 _ELEMENT_BYTES = {"float32": 4, "float64": 8}
 
 
@@ -233,7 +234,9 @@ def chart_spec(
         for layer in placement.layers
     )
     return ChartSpec(
-        bars=tuple(_bar(placement, device, pinned, measured) for device in placement.memory),
+        bars=tuple(
+            _bar(placement, device, pinned, measured, brief=0 < width_px < _NARROW_PX) for device in placement.memory
+        ),
         blocks=blocks,
         runs=_runs(placement),
         crossings=_crossings(placement, skeleton),
@@ -248,18 +251,21 @@ def _bar(
     device: DeviceId,
     pinned: Placement | None,
     measured: Mapping[DeviceId, int] | None,
+    *,
+    brief: bool,
 ) -> Bar:
     memory = placement.memory[device]
     known = (memory.weight_bytes, memory.kv_cache_bytes or 0, memory.activation_bytes or 0, memory.reserved_bytes)
     text = f"<b>{device_label(device)}</b> {format_bytes(memory.used_bytes)} of {format_bytes(memory.capacity_bytes)}"
     if memory.limit_bytes != memory.capacity_bytes:
-        text += f" · limit for weights {format_bytes(memory.limit_bytes)}"
-    if memory.kv_cache_bytes is None:
+        text += f" · limit {'' if brief else 'for weights '}{format_bytes(memory.limit_bytes)}"
+    if memory.kv_cache_bytes is None and not brief:
         text += " · KV cache still to be measured"
     found = None if measured is None else measured.get(device, 0)
     if found is not None and (found or memory.weight_bytes):
         off = found - memory.weight_bytes
-        text += f" · weights measured {format_bytes(found)} ({f'{off:+,} bytes' if off else 'as foretold'})"
+        told = f"{off:+,} bytes" if off else "as foretold"
+        text += f" · {told}" if brief else f" · weights measured {format_bytes(found)} ({told})"
     before = None if pinned is None else pinned.memory.get(device)
     return Bar(
         label=device_label(device),
@@ -458,6 +464,7 @@ def overlay(spec: ChartSpec, steps_gib: Mapping[str, tuple[float, float]]) -> di
         "layers_top": layers_top_px(rows),
         "layers_height": LAYERS_PX,
         "bar_height": bar_height_px(rows),
+        "texts": [bar.text for bar in spec.bars],
         "bars": [
             {
                 "label": bar.label,

@@ -50,6 +50,7 @@ class PreviewPanel:
         self._why_plain = html("wb-note")
         self.advice = AdviceList(state)
         self.hands = Hands(state)
+        self.hands.on_stale = self._draw_anew
         self._holder = classed(w.Box([self._plain, self.hands.touch]), "wb-chart")
         self._live = Live(state, self.hands.touch)
         self._key = html("wb-key", value=_key(by_kind=False))
@@ -149,6 +150,14 @@ class PreviewPanel:
             if self._holder.children != shown:  # made and shown in different steps: Colab needs that
                 self._holder.children = shown
                 close_tree(self._plain)
+
+    def _draw_anew(self) -> None:
+        """Make the pages forget the figure and draw it from what it now is."""
+        with self._state.lock:
+            if self.chart is not None:
+                self.chart.figure.send_state(["_widget_data", "_widget_layout"])
+                self._holder.children = (self.hands.touch,)
+                self._holder.children = (self.chart.figure, self.hands.touch)
 
     def _spec(self, placement: Placement) -> ChartSpec:
         skeleton, session = self._state.skeleton, self._state.session

@@ -14,8 +14,10 @@ const spell = (gib) => (gib < 1 ? `${Math.round(gib * 1024)} MiB` : `${gib.toFix
 
 export default {
   render({ model, el }) {
-    // JupyterLab's own keys (c copies a cell, d d deletes it) must not be meant.
-    el.setAttribute("data-lm-suppress-shortcuts", "true");
+    // JupyterLab's own keys (c copies a cell, x cuts it) must not be meant.
+    el.addEventListener("keydown", (event) => {
+      if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+    });
     const marks = make("div", "wb-marks", el);
     const limits = make("div", "wb-limits", el);
     const strip = make("div", "wb-strip", el, { "aria-hidden": "true" });
@@ -292,7 +294,7 @@ export default {
         if (!handles.has(bar.label)) handles.set(bar.label, makeHandle(bar.label));
         const handle = handles.get(bar.label);
         handle.style.top = `${bar.top - 5}px`;
-        handle.style.height = `${bar.bar_height + 10}px`;
+        handle.style.height = `${picture.bar_height + 10}px`;
         handle.setAttribute("aria-valuemax", bar.most_gib.toFixed(2));
         drawLimit(bar);
       }
@@ -307,7 +309,7 @@ export default {
           const made = make("div", name, marks, { title });
           made.style.left = `${Math.min(100, (100 * share) / 1.004)}%`;
           made.style.top = `${bar.top}px`;
-          made.style.height = `${bar.bar_height}px`;
+          made.style.height = `${picture.bar_height}px`;
           return made;
         };
         if (bar.pinned !== null) {
@@ -337,8 +339,21 @@ export default {
       for (const [after, amount, text] of picture.crossings) {
         const arrow = make("div", "wb-crossing", strip, { title: text });
         arrow.style.left = `${left(after + 1)}%`;
-        arrow.textContent = `→ ${amount}`;
+        const before = picture.runs.find((run) => run[1] === after);
+        const room = before ? (wide(before[1] - before[0] + 1) * (strip.clientWidth || 600)) / 100 : 0;
+        arrow.textContent = room > 130 ? `→ ${amount}` : "→";
       }
+    };
+    // Messages to a page that is still loading the figure's code can get lost, and the figure then stands there empty.
+    let looking = 0;
+    const lookAfter = (times) => {
+      clearTimeout(looking);
+      looking = setTimeout(() => {
+        const plot = el.parentElement?.querySelector(".js-plotly-plot");
+        const shown = plot?.data?.find((trace) => trace.name === "text")?.text;
+        if (plot && JSON.stringify(Array.from(shown ?? [])) !== JSON.stringify(picture.texts)) model.send({ stale: true });
+        else if (!plot && times) lookAfter(times - 1);
+      }, 1500);
     };
     const draw = () => {
       picture = model.get("picture");
@@ -348,6 +363,7 @@ export default {
         box.style.right = `${picture.right}px`;
       }
       drawList(); drawLimits(); drawStrip(); drawMarks();
+      lookAfter(8);
     };
     model.on("change:picture", draw);
     model.on("change:live", drawMarks);
@@ -355,6 +371,7 @@ export default {
     ruler.observe(el);
     draw();
     return () => {
+      clearTimeout(looking);
       ruler.disconnect();
       model.off("change:picture", draw);
       model.off("change:live", drawMarks);

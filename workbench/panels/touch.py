@@ -20,6 +20,8 @@ from workbench.panels.state import as_sentence
 from workbench.reasons import why
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workbench.hardware import DeviceId
     from workbench.panels.picture import ChartSpec
     from workbench.panels.state import State
@@ -47,10 +49,12 @@ class Hands:
         touch: The layer over the figure.
         bar: The buttons, and the line that says what was done.
         history: The way back.
+        on_stale: Called when a page says that its figure is not what it should be.
     """
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self.on_stale: Callable[[], None] = lambda: None
         self._asked: str | None = None
         self._thinking: threading.Thread | None = None
         self.history = History(state)
@@ -123,6 +127,8 @@ class Hands:
             self._travel("undo")
         elif "redo" in content:
             self._travel("redo")
+        elif "stale" in content:
+            self.on_stale()
         elif "why" in content:
             self._explain(str(content["why"]))
 

@@ -9,7 +9,10 @@ const make = (tag, name, parent, attributes = {}) => {
 
 export default {
   render({ model, el }) {
-    el.setAttribute("data-lm-suppress-shortcuts", "true");
+    // JupyterLab's own keys (x cuts a cell) must not be meant.
+    el.addEventListener("keydown", (event) => {
+      if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+    });
     const head = make("div", "wb-tree-head", el);
     const search = make("input", "wb-tree-search", head, {
       type: "search", placeholder: "Search, such as q_proj or layers.3.", "aria-label": "Search modules",
