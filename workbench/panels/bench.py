@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from typing import TYPE_CHECKING
 
 import ipywidgets as w
@@ -81,9 +79,6 @@ class Workbench(w.VBox):
         columns = classed(w.Box([left, right]), "wb-columns")
         super().__init__([html("wb-style", value=STYLE), columns])
         self.add_class("wb-root")
-        # torch and plotly are imported in two threads at once, and numpy, which both want, does not stand that.
-        with contextlib.suppress(ImportError):
-            importlib.import_module("numpy")
         state.start()
         self._preview.start()
 

@@ -14,6 +14,7 @@ from workbench.panels.chart import Chart
 from workbench.panels.live import Live
 from workbench.panels.look import Page, classed, close_tree, html, panel, problem_line
 from workbench.panels.picture import KINDS, MODULE_KINDS, chart_height, chart_spec, spec_as_html
+from workbench.panels.state import import_numpy
 from workbench.panels.touch import Hands
 from workbench.panels.tree import kinds_by_block
 from workbench.sizes import sizes_of
@@ -90,6 +91,7 @@ class PreviewPanel:
             self._maker.join()
 
     def _make_chart(self) -> None:
+        import_numpy()
         try:
             chart = Chart()
         except Exception as error:  # noqa: BLE001 - whatever is wrong with plotly, the plain picture will do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -218,6 +219,7 @@ class State(HasTraits):
                 self.set_trait("problems", {**self.problems, "preview": ""})
 
     def _plan_forever(self) -> None:
+        import_numpy()
         while True:
             with self._wake:
                 self._working = False
@@ -333,6 +335,15 @@ class State(HasTraits):
         if good is not None:
             self._publish(good.recipe, good.machine, good)
             self.report("preview", sentence if panel == "preview" else "")
+
+
+_importing = threading.Lock()
+
+
+def import_numpy() -> None:
+    """Import numpy alone, before torch and plotly do in two threads at once: it does not stand that."""
+    with _importing, contextlib.suppress(ImportError):
+        importlib.import_module("numpy")
 
 
 def _warmth(recipe: Recipe) -> tuple[ModelRef, Precision]:
