@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ PACKAGES = {
     "mxfp4": "kernels",
     "torchao": "torchao",
 }
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 # GPUs that are older than a method's kernels: compute capability under 8.9 for fp8, under 7.5 for mxfp4.
 _BEFORE_TURING = r"\b(P100|P40|P4|V100|K80|M60|M40|TITAN|GTX 10\d\d)\b"
 _BEFORE_ADA = _BEFORE_TURING + r"|\b(T4|A100|A30|A40|A16|A10G?|A2|RTX A\d+|RTX [23]0\d\d|GTX 16\d\d)\b"
@@ -181,25 +183,40 @@ def stored_tensors(source: Source) -> tuple[StoredTensor, ...]:
     files = [name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)] or files
     if not files:
         raise ValueError(f"{source.title} has no safetensors files whose headers could be read.")
-    return tuple(tensor for name in files for tensor in _read_header(source, name))
+    return tuple(tensor for name in files for tensor in tensors_in(source, name))
 
 
-def _read_header(source: Source, name: str) -> list[StoredTensor]:
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a local safetensors file: for each tensor its ``dtype``, ``shape`` and ``data_offsets`` (bytes).
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(min(size, _LONGEST_HEADER)))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.name} is damaged or cut short ({error}): fetch the file again.") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def tensors_in(source: Source, name: str) -> list[StoredTensor]:
+    """Every tensor in one of a model's safetensors files, from its header alone.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
     if source.is_local:
-        try:
-            with (Path(source.location) / name).open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError, MemoryError, OverflowError) as error:
-            raise ValueError(f"{name} of {source.title} is damaged ({error}): fetch the file again.") from None
-        header.pop("__metadata__", None)
         return [
             StoredTensor(
                 name=key,
                 size_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-                elements=_product(entry["shape"]),
+                elements=math.prod(entry["shape"]),
                 dtype=entry["dtype"],
             )
-            for key, entry in header.items()
+            for key, entry in read_header(Path(source.location) / name).items()
         ]
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
@@ -212,18 +229,11 @@ def _read_header(source: Source, name: str) -> list[StoredTensor]:
         StoredTensor(
             name=key,
             size_bytes=int(info.data_offsets[1] - info.data_offsets[0]),
-            elements=_product(info.shape),
+            elements=math.prod(info.shape),
             dtype=str(info.dtype),
         )
         for key, info in parsed.tensors.items()
     ]
-
-
-def _product(shape: Any) -> int:
-    found = 1
-    for size in shape:
-        found *= int(size)
-    return found
 
 
 _SUFFIXES = re.compile(

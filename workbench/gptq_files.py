@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.checkpoint import read_header
 from workbench.precision import GPTQ
 
 if TYPE_CHECKING:
@@ -146,14 +147,7 @@ def _headers(files: list[Path]) -> _Headers:
     """Where every tensor is and its shape, without reading any."""
     found: _Headers = {}
     for path in files:
-        try:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(size, 100_000_000)))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path.name} is damaged or cut short ({error}): fetch the file again.") from None
-        header.pop("__metadata__", None)
-        found |= {name: (path, tuple(entry["shape"])) for name, entry in header.items()}
+        found |= {name: (path, tuple(entry["shape"])) for name, entry in read_header(path).items()}
     return found
 
 

@@ -376,26 +376,11 @@ def _checkpoint_dtype(config: Any, source: Source) -> str:
 
 def _first_floating_dtype(source: Source, file_name: str) -> str | None:
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    if source.is_local:
-        from pathlib import Path
-
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(Path(source.location) / file_name), framework="pt") as file:
-                dtypes = [file.get_slice(key).get_dtype() for key in file.keys()]  # noqa: SIM118 - it is no dict
-        except (SafetensorError, OSError):
-            return None  # reported when the weights are to be read
-    else:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
-
-        try:
-            header = HfApi().parse_safetensors_file_metadata(source.location, file_name, revision=source.revision)
-        except (HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError, OSError):
-            return None
-        dtypes = [header.tensors[key].dtype for key in sorted(header.tensors)]
-    return next((names[dtype] for dtype in dtypes if dtype in names), None)
+    try:
+        tensors = sorted(checkpoint.tensors_in(source, file_name), key=lambda tensor: tensor.name)
+    except ValueError:
+        return None  # reported when the weights are to be read
+    return next((names[tensor.dtype] for tensor in tensors if tensor.dtype in names), None)
 
 
 def _build(skeleton: Skeleton, precision: Precision) -> MetaModel:
