@@ -13,7 +13,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from workbench.precision import GPTQ, FourBit
+from workbench.precision import FOUR_BIT_BLOCK, GPTQ, FourBit, element_bytes
 from workbench.sizes import device_of, sizes_of
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from workbench.precision import Precision
     from workbench.skeleton import Skeleton
 
-_BLOCK = 64  # weights that share one scale in bitsandbytes' 4-bit formats
 _ROWS_AT_A_TIME = 32  # as the rearranged weights are laid out
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @functools.lru_cache(maxsize=1)
@@ -99,7 +97,7 @@ def unrunnable_modules(skeleton: Skeleton, precision: Precision) -> tuple[str, .
         if tensor.quantized and tensor.name.endswith(".weight"):
             name = tensor.name.removesuffix(".weight")
             child = module.get_submodule(name)
-            if child.out_features % _ROWS_AT_A_TIME or child.in_features % _BLOCK:
+            if child.out_features % _ROWS_AT_A_TIME or child.in_features % FOUR_BIT_BLOCK:
                 found.append(name)
     return tuple(found)
 
@@ -117,13 +115,13 @@ def _four_bit_changes(placement: Placement, skeleton: Skeleton, precision: FourB
         on_cpu = device_of(tensor.name, placement.device_map) == "cpu"
         if on_cpu and repacks_4bit():
             weights = child.out_features * child.in_features
-            scales = 2 * child.out_features * (child.in_features // _BLOCK)
+            scales = 2 * child.out_features * (child.in_features // FOUR_BIT_BLOCK)
             # The 16 values stay; so does the offset of scales that were quantized, though nothing reads it any more.
             now = math.ceil(weights / 2) + 64 + scales + (4 if precision.double_quant else 0)
             changes[tensor.name] = now - tensor.after_bytes
         if child.bias is not None:
             bias = f"{tensor.name.removesuffix('weight')}bias"
-            changes[bias] = child.bias.numel() * (_DTYPE_BYTES[compute] - child.bias.element_size())
+            changes[bias] = child.bias.numel() * (element_bytes(compute) - child.bias.element_size())
     return changes
 
 
@@ -151,7 +149,7 @@ def _gptq_changes(placement: Placement, skeleton: Skeleton, precision: GPTQ) -> 
 
     shapes = quantized_shapes(skeleton)
     backend, _ = choose_backend(precision, shapes, devices=placement.device_map.values(), dtype=placement.dtype)
-    wide = _DTYPE_BYTES[placement.dtype]
+    wide = element_bytes(placement.dtype)
     changes = {}
     for name, child in skeleton.meta_model(placement.recipe.precision).module.named_modules():
         rows, columns = getattr(child, "out_features", 0), getattr(child, "in_features", 0)

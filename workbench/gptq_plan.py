@@ -10,7 +10,7 @@ from workbench.calibration import CalibrationText, fitted
 from workbench.gptq_layers import linear_shape, quantizable_modules
 from workbench.hardware import Machine, device_label, format_bytes
 from workbench.placement import place
-from workbench.precision import GPTQ, FullPrecision
+from workbench.precision import GPTQ, FullPrecision, element_bytes
 from workbench.skeleton import read_skeleton
 from workbench.workload import Workload
 
@@ -76,7 +76,7 @@ def plan_quantization(
         raise ValueError(f"batch_size is a whole number of at least 1, not {batch_size!r}.")
     skeleton = read_skeleton(recipe.model)
     title = skeleton.source.title
-    if getattr(skeleton.config, "quantization_config", None) is not None:
+    if skeleton.quantized_as is not None:
         raise ValueError(f"{title} is already quantized: start from the original model.")
     targets = quantizable_modules(skeleton, precision)
     text = fitted(calibration or CalibrationText(), skeleton.context_length)
@@ -131,8 +131,7 @@ def _lines(placement: Placement, works_on: DeviceId, hidden: int, rounding: int,
 
 def _hidden_bytes(skeleton: Skeleton, text: CalibrationText) -> int:
     width = int(getattr(skeleton.config.get_text_config(decoder=True), "hidden_size", 0) or 0)
-    element = {"float32": 4}.get(skeleton.dtype, 2)
-    return text.samples * text.sequence_length * width * element
+    return text.samples * text.sequence_length * width * element_bytes(skeleton.dtype)
 
 
 def _rounding_bytes(skeleton: Skeleton, targets: dict[str, tuple[str, ...]]) -> int:

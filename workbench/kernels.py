@@ -15,6 +15,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from workbench.hardware import device_label
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -279,7 +281,7 @@ def _run_device(devices: tuple[DeviceId, ...]) -> str:
     gpus = [device for device in devices if device not in ("cpu", "disk")]
     if not gpus:
         return "cpu"
-    return f"cuda:{gpus[0]}" if isinstance(gpus[0], int) else str(gpus[0])
+    return device_label(gpus[0])
 
 
 def _candidate(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.checkpoint import as_dict
-from workbench.hardware import Machine, format_bytes
+from workbench.hardware import Machine, device_label, format_bytes
 from workbench.kernels import (
     choose_backend,
     import_gptqmodel,
@@ -346,7 +346,7 @@ def _check(model: Any, info: dict[str, Any], placement: Placement, seconds: floa
     matches = True
     for device in dict.fromkeys((*predicted, *measured)):
         foretold, found = predicted.get(device, 0), measured.get(device, 0)
-        label = f"cuda:{device}" if isinstance(device, int) else device
+        label = device_label(device)
         if foretold == found:
             lines.append(f"{label}: {found:,} bytes of weights, as previewed.")
         else:

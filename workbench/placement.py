@@ -120,8 +120,8 @@ class Placement:
     @property
     def waiting(self) -> tuple[Layer, ...]:
         """The layers that are kept where they do not run, and are fetched each time."""
-        gpus = any(device not in ("cpu", "disk") for device in self.device_map.values())
-        return tuple(layer for layer in self.layers if layer.device == "disk" or (gpus and layer.device == "cpu"))
+        runs_on = self.runs_on
+        return tuple(layer for layer in self.layers if runs_on.get(layer.name) != layer.device)
 
     @property
     def crossings(self) -> int:

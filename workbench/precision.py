@@ -25,10 +25,15 @@ GPTQ_BACKENDS = (
     "machete",
     "bitblas",
 )
-_BLOCK = 64  # weights that share one absmax in bitsandbytes' 4-bit formats
+FOUR_BIT_BLOCK = 64  # weights that share one absmax in bitsandbytes' 4-bit formats
 _NESTED_BLOCK = 256  # absmax values that share one nested absmax under double quantization
 _CODE_BYTES = 16 * 4  # the 16 float32 values that a 4-bit number can mean
 _NESTED_CODE_BYTES = 256 * 4
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one number of a floating-point type, by its name: ``"bfloat16"``."""
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
 def _check_skip_modules(precision: Any) -> None:
@@ -213,7 +218,7 @@ class FourBit:
     def quantized_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of one quantized weight of ``shape`` (out, in): packed values, scales and look-up tables."""
         weights = math.prod(shape)
-        blocks = math.ceil(weights / _BLOCK)
+        blocks = math.ceil(weights / FOUR_BIT_BLOCK)
         packed = math.ceil(weights / 2) + _CODE_BYTES
         if not self.double_quant:
             return packed + 4 * blocks

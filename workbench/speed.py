@@ -8,6 +8,7 @@ what it can; it takes time for what has to be read, converted, quantized or copi
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -282,8 +283,18 @@ def _calibration_file() -> Path:
 
 def known_calibration() -> Calibration | None:
     """What :func:`calibrate` has measured on this machine, or None."""
+    file = _calibration_file()
     try:
-        return Calibration(**json.loads(_calibration_file().read_text(encoding="utf-8")))
+        return _read_calibration(file, file.stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=4)
+def _read_calibration(file: Path, changed_ns: int) -> Calibration | None:  # noqa: ARG001 - a changed file is another one
+    """Every move of a slider asks for it, so it is read only when it has changed."""
+    try:
+        return Calibration(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

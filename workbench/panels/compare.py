@@ -11,8 +11,9 @@ import ipywidgets as w
 from workbench.compare import what_fits
 from workbench.hardware import device_label, format_bytes
 from workbench.panels.look import classed, close_tree, html, problem_line
-from workbench.panels.preview import VERDICTS, rate
+from workbench.panels.preview import VERDICTS
 from workbench.panels.state import as_sentence
+from workbench.show import rate
 from workbench.skeleton import read_skeleton
 from workbench.speed import predict_speed
 
@@ -156,7 +157,7 @@ def _sizes(what: str, a: int | None, b: int | None) -> tuple[str, str, str, str]
 
 def _speeds(pinned: Placement, now: Placement) -> tuple[str, str, str, str]:
     speeds = [predict_speed(each, read_skeleton(each.recipe.model)) for each in (pinned, now)]
-    left, right = ("no estimate" if s is None else f"est. {rate(s.tokens_per_second)} tok/s" for s in speeds)
+    left, right = ("no estimate" if s is None else f"est. {rate(s)} tok/s" for s in speeds)
     factor = ""
     if speeds[0] is not None and speeds[1] is not None and left != right:
         factor = f"x {speeds[1].tokens_per_second / speeds[0].tokens_per_second:.2g}"
@@ -184,7 +185,7 @@ def fits_as_html(fits: tuple[Fit, ...]) -> str:
         context = (
             "unknown" if fit.longest_context is None else f"{fit.longest_context:,}" if fit.longest_context else "none"
         )
-        speed = "no estimate" if fit.speed is None else f"est. {rate(fit.speed.tokens_per_second)} tok/s"
+        speed = "no estimate" if fit.speed is None else f"est. {rate(fit.speed)} tok/s"
         cache = fit.placement.kv_cache_bytes
         rows.append(
             f"<tr><td>{escape(fit.precision.label)}</td>"

@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from workbench.hardware import device_label, format_bytes
+from workbench.precision import element_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,7 +44,6 @@ MODULE_KINDS = {
 BAR_PX, LAYERS_PX, TOP_PX, GAP_PX, BOTTOM_PX, LEFT_PX, RIGHT_PX = 42, 150, 4, 34, 44, 44, 18
 _MOST_TICKS, _TICK_PX = 10, 48
 _NARROW_PX = 520  # below that texts above bars are cut short
-_ELEMENT_BYTES = {"float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +338,7 @@ def _crossings(placement: Placement, skeleton: Skeleton | None) -> tuple[Crossin
     if skeleton is not None:
         text_config = skeleton.config.get_text_config(decoder=True)
         width = getattr(text_config, "hidden_size", None) or getattr(text_config, "n_embd", None)
-    size = width and width * _ELEMENT_BYTES.get(placement.dtype, 2)
+    size = width and width * element_bytes(placement.dtype)
     index = {layer.name: i for i, layer in enumerate(placement.layers)}
     found = []
     for (before, a), (_, b) in itertools.pairwise(placement.runs_on.items()):

@@ -17,6 +17,7 @@ from workbench.panels.picture import KINDS, MODULE_KINDS, chart_height, chart_sp
 from workbench.panels.state import import_numpy
 from workbench.panels.touch import Hands
 from workbench.panels.tree import kinds_by_block
+from workbench.show import rate
 from workbench.sizes import sizes_of
 from workbench.speed import predict_speed
 
@@ -133,7 +134,7 @@ class PreviewPanel:
             return ""
         basis = "measured on this machine" if speed.calibrated else "from data sheets, unmeasured"
         tip = f"Estimate for one sequence at a short context; bandwidths {basis}"
-        return f' <span class="wb-speed" title="{tip}">est. {rate(speed.tokens_per_second)} tok/s</span>'
+        return f' <span class="wb-speed" title="{tip}">est. {rate(speed)} tok/s</span>'
 
     def _redraw(self, _: object = None) -> None:
         with self._state.lock:
@@ -190,11 +191,6 @@ class PreviewPanel:
             self._holder.add_class("wb-old")
         else:
             self._holder.remove_class("wb-old")
-
-
-def rate(tokens_per_second: float) -> str:
-    """A speed with two digits that mean something."""
-    return f"{tokens_per_second:.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.2g}"
 
 
 def _exact(placement: Placement) -> str:

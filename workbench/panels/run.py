@@ -12,9 +12,9 @@ import ipywidgets as w
 from workbench.hardware import Machine, device_label, format_bytes
 from workbench.loading import load
 from workbench.panels.look import Log, classed, html, problem_line, visible
-from workbench.panels.preview import rate
 from workbench.panels.state import as_sentence
 from workbench.session import Cancelled, worker
+from workbench.show import rate
 from workbench.speed import predict_speed
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ def _stats_line(session: Session) -> str:
     parts = [f"{stats.new_tokens} new tokens for {stats.prompt_tokens} of prompt"]
     if stats.tokens_per_second:
         predicted = predict_speed(session.placement, session.skeleton)
-        beside = "" if predicted is None else f" (estimated {rate(predicted.tokens_per_second)})"
+        beside = "" if predicted is None else f" (estimated {rate(predicted)})"
         parts.append(f"{stats.tokens_per_second:.1f} tok/s{beside}")
     parts.append(f"first token after {stats.first_token_seconds:.2f} s")
     return " · ".join(parts) + (" · stopped" if stats.stopped else "")
