@@ -204,7 +204,7 @@ def test_closing_in_the_middle_cancels(bench: wb.Workbench, tmp_path: Path) -> N
     assert begun.wait(60)
     closing = threading.Thread(target=bench.close)
     closing.start()
-    wait_for(bench._quantize._cancel.is_set)
+    wait_for(bench._quantize._job.cancel.is_set)
     go_on.set()
     closing.join(60)
     assert not closing.is_alive()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import threading
-import time
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,24 +15,16 @@ from workbench.gptq import quantize
 from workbench.hardware import Machine
 from workbench.model import ModelRef
 from workbench.panels.calibration import CalibrationControls, text_field
+from workbench.panels.job import Job
 from workbench.panels.look import classed, html, problem_line, visible
 from workbench.panels.quantized import QuantizedView, worst_modules
-from workbench.panels.state import as_sentence
 from workbench.precision import GPTQ, FullPrecision
-from workbench.session import Cancelled, worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from concurrent.futures import Future
-
     from workbench.gptq import QuantizeReport
     from workbench.panels.look import Page
     from workbench.panels.state import State
     from workbench.recipe import Recipe
-    from workbench.session import Progress
-
-_APART_SECONDS = 0.05  # between messages to the browser: more than 20 a second only fill queues
-_PROGRESS_STEPS = 1000
 
 
 class QuantizePanel:
@@ -51,9 +41,9 @@ class QuantizePanel:
 
     def __init__(self, state: State, page: Page) -> None:
         self._state = state
-        self._cancel = threading.Event()
-        self._running: Future[None] | None = None
-        self._told: tuple[float, str] = (0.0, "")  # when progress was last shown, and of which stage
+        self._job = Job(
+            state, "quantize", cancelled="Quantizing was cancelled; nothing is left of it.", tip="How much is done"
+        )
         self._suggested = ""
         self._asked: Recipe | None = None
         self.report: QuantizeReport | None = None
@@ -67,10 +57,6 @@ class QuantizePanel:
         self.quantize = _button("Quantize", "wb-quantize", "Save the model, quantized, in the output folder", "primary")
         self.cancel = _button("Cancel", "wb-quantize-cancel", "Stop after the module that is being quantized")
         self._why = html("wb-note", "wb-quantize-why")
-        self._bar = classed(
-            w.IntProgress(min=0, max=_PROGRESS_STEPS, tooltip="How much is done"), "wb-quantize-progress", "wb-progress"
-        )
-        self._text = html("wb-note", "wb-quantize-text")
         self.open = _button("Open the result", "wb-open-result", "Make the quantized folder the model")
         self.skip = _button("Skip the worst modules", "wb-skip-worst", "Add what changed most to skip_modules")
         self._view = QuantizedView(page)
@@ -84,8 +70,8 @@ class QuantizePanel:
                 classed(w.HBox([self.quantize, self.cancel]), "wb-row"),
                 self._why,
                 problem_line(state, "quantize"),
-                self._bar,
-                self._text,
+                self._job.bar,
+                self._job.text,
                 self._after,
             ]
         )
@@ -100,9 +86,7 @@ class QuantizePanel:
 
     def close(self) -> None:
         """Cancel a quantization that is going on and wait for it."""
-        self._cancel.set()
-        if self._running is not None:
-            self._running.exception()
+        self._job.close()
 
     # The run.
 
@@ -117,62 +101,25 @@ class QuantizePanel:
                 raise ValueError(why)
             recipe, machine = state.recipe, state.machine
             state.begin("quantizing")
-        try:
-            self._cancel = cancel = threading.Event()
-            self._take(None, None)
+        job = self._job
 
-            def work() -> QuantizeReport:
-                return quantize(
-                    recipe,
-                    folder,
-                    calibration=text,
-                    overwrite=overwrite,
-                    machine=machine,
-                    progress=self._progress,
-                    cancel=cancel,
-                )
-
-            self._running = worker().submit(self._run, recipe, work)
-        except BaseException:
-            state.end()
-            raise
-
-    def _run(self, recipe: Recipe, work: Callable[[], QuantizeReport]) -> None:
-        """Quantize, in the worker's thread. A loaded model goes first: there may be no room for two."""
-        state = self._state
-        try:
-            self._say("Starting ...", 0.0)
-            before = state.session
-            if before is not None:
-                state.hold(None)
-                before.unload()
-            report = work()
-            self._say("", 1.0)
+        def work() -> None:
+            report = quantize(
+                recipe,
+                folder,
+                calibration=text,
+                overwrite=overwrite,
+                machine=machine,
+                progress=job.progress,
+                cancel=job.cancel,
+            )
             self._take(recipe, report)
-        except Cancelled:
-            self._say("Quantizing was cancelled; nothing is left of it.", 0.0)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
-            self._say("", 0.0)
-            state.report("quantize", as_sentence(error))
-        finally:
-            state.end()
 
-    def _progress(self, progress: Progress) -> None:
-        now, (told_at, stage) = time.monotonic(), self._told
-        minor = progress.stage == stage and progress.done != progress.total and now - told_at < _APART_SECONDS
-        if minor or self._cancel.is_set():
-            return
-        self._told = now, progress.stage
-        self._say(progress.text, progress.done / progress.total if progress.total else None)
-
-    def _say(self, text: str, share: float | None) -> None:
-        if share is not None:
-            self._bar.value = int(_PROGRESS_STEPS * share)
-        self._text.value = f'<div role="status">{escape(text)}</div>' if text else ""
+        job.start(work, prepare=lambda: self._take(None, None))
 
     def _stop(self, _: object) -> None:
-        self._cancel.set()
-        self._say("Stopping after this module ...", None)
+        self._job.cancel.set()
+        self._job.say("Stopping after this module ...", None)
 
     # What comes of it.
 

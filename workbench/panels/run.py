@@ -11,22 +11,19 @@ import ipywidgets as w
 
 from workbench.hardware import Machine, device_label, format_bytes
 from workbench.loading import load
+from workbench.panels.job import Job
 from workbench.panels.look import Log, classed, html, problem_line, visible
 from workbench.panels.state import as_sentence
-from workbench.session import Cancelled, worker
+from workbench.session import worker
 from workbench.show import rate
 from workbench.speed import predict_speed
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from workbench.panels.state import State
-    from workbench.recipe import Recipe
-    from workbench.session import Progress, Session
+    from workbench.session import Session
 
 _APART_SECONDS = 0.05  # between messages to the browser: more than 20 a second only fill queues
 _SYNC_SECONDS = 1.0  # between whole copies of a growing answer, for pages that are opened later
-_PROGRESS_STEPS = 1000
 
 
 class LoadPanel:
@@ -38,25 +35,21 @@ class LoadPanel:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._cancel = threading.Event()
-        self._running: Future[None] | None = None
-        self._shown_at = 0.0
+        self._job = Job(state, "load", cancelled="Loading was cancelled; nothing is loaded.", tip="How much is loaded")
         self.load = classed(
             w.Button(description="Load", button_style="primary", tooltip="Load the model exactly as the preview shows"),
             "wb-load",
         )
         self.cancel = classed(w.Button(description="Cancel", tooltip="Stop loading"), "wb-cancel")
         self.unload = classed(w.Button(description="Unload", tooltip="Give the model's memory back"), "wb-unload")
-        self._bar = classed(
-            w.IntProgress(min=0, max=_PROGRESS_STEPS, tooltip="How much is loaded"), "wb-progress", "wb-load-progress"
-        )
-        self._text = html("wb-note", "wb-load-text")
         self._differs = html("wb-note", "wb-differs")
         self._report = html("wb-load-report")
         buttons = classed(w.HBox([self.load, self.cancel, self.unload]), "wb-row")
-        self.box = w.VBox([buttons, problem_line(state, "load"), self._bar, self._text, self._differs, self._report])
+        self.box = w.VBox(
+            [buttons, problem_line(state, "load"), self._job.bar, self._job.text, self._differs, self._report]
+        )
         self.load.on_click(state.guarded("load", self._start))
-        self.cancel.on_click(lambda _: self._cancel.set())  # waits for nothing, not even for the lock
+        self.cancel.on_click(lambda _: self._job.cancel.set())  # waits for nothing, not even for the lock
         self.unload.on_click(state.guarded("load", self._unload))
         state.observe(self._show, ["activity", "session", "recipe", "machine", "placement"])
         state.observe(self._show_report, "session")
@@ -64,9 +57,7 @@ class LoadPanel:
 
     def close(self) -> None:
         """Cancel a load that is going on and wait for it."""
-        self._cancel.set()
-        if self._running is not None:
-            self._running.exception()
+        self._job.close()
 
     def _start(self, _: object) -> None:
         state = self._state
@@ -77,57 +68,28 @@ class LoadPanel:
             if not state.is_current or skeleton is None:
                 raise ValueError("The preview is not finished: wait until it shows where the layers go.")
             state.begin("loading")
-        try:
-            self._cancel = threading.Event()
-            self._report.value = ""
-            self._running = worker().submit(self._load, recipe, machine, self._cancel)
-        except BaseException:
-            state.end()
-            raise
+        job = self._job
 
-    def _load(self, recipe: Recipe, machine: Machine, cancel: threading.Event) -> None:
-        """Load, in the worker's thread. The model before it goes first: there may be no room for two."""
-        state = self._state
-        try:
-            self._say("Starting ...", 0.0)
-            before = state.session
-            if before is not None:
-                state.hold(None)
-                before.unload()
-            state.hold(load(recipe, machine=machine, progress=self._progress, cancel=cancel))
-            self._say("", 1.0)
-        except Cancelled:
-            self._say("Loading was cancelled; nothing is loaded.", 0.0)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
-            self._say("", 0.0)
-            state.report("load", as_sentence(error))
-        finally:
-            state.end()
+        def work() -> None:
+            state.hold(load(recipe, machine=machine, progress=job.progress, cancel=job.cancel))
 
-    def _progress(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.done != progress.total and now - self._shown_at < _APART_SECONDS:
-            return
-        self._shown_at = now
-        self._say(progress.text, progress.done / progress.total if progress.total else None)
+        job.start(work, prepare=self._forget_report)
 
-    def _say(self, text: str, share: float | None) -> None:
-        if share is not None:
-            self._bar.value = int(_PROGRESS_STEPS * share)
-        self._text.value = f'<div role="status">{escape(text)}</div>'
+    def _forget_report(self) -> None:
+        self._report.value = ""
 
     def _unload(self, _: object) -> None:
         session = self._state.session
         if session is None:
             raise ValueError("Nothing is loaded.")
         self._state.begin("unloading")
-        self._running = worker().submit(self._give_back, session)
+        self._job.running = worker().submit(self._give_back, session)
 
     def _give_back(self, session: Session) -> None:
         try:
             self._state.hold(None)
             session.unload()
-            self._say("Unloaded.", 0.0)
+            self._job.say("Unloaded.", 0.0)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
             self._state.report("load", as_sentence(error))
         finally:
