@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
-from workbench.panels.look import classed, html
+from workbench.panels.look import classed, html, text_field
 from workbench.panels.state import bind
 
 if TYPE_CHECKING:
@@ -15,15 +15,11 @@ if TYPE_CHECKING:
 
 def advanced(state: State) -> w.Accordion:
     """The knobs of planning and offloading that most people leave alone."""
-    no_split = classed(
-        w.Text(
-            description="Never split",
-            placeholder="the model's own list",
-            continuous_update=False,
-            tooltip="no_split_module_classes: classes of modules that stay on one device, with commas between them",
-        ),
+    no_split = text_field(
+        "Never split",
         "wb-no-split",
-        "wb-wide",
+        "the model's own list",
+        "no_split_module_classes: classes of modules that stay on one device, with commas between them",
     )
     fallback = classed(
         w.Checkbox(
@@ -41,49 +37,25 @@ def advanced(state: State) -> w.Accordion:
         ),
         "wb-offload-buffers",
     )
-    folder = classed(
-        w.Text(
-            description="Offload folder",
-            placeholder="a temporary one",
-            continuous_update=False,
-            tooltip="offload_folder: where weights wait on disk if the checkpoint's own files cannot serve",
-        ),
+    folder = text_field(
+        "Offload folder",
         "wb-offload-folder",
-        "wb-wide",
+        "a temporary one",
+        "offload_folder: where weights wait on disk if the checkpoint's own files cannot serve",
     )
-
-    def write_no_split(text: str) -> None:
-        names = tuple(name.strip() for name in text.split(",") if name.strip())
-        state.update(no_split_module_classes=names or None)
-
-    bind(
-        no_split,
-        state,
-        "devices",
-        show=lambda: ", ".join(state.recipe.no_split_module_classes or ()),
-        write=write_no_split,
-    )
-    bind(
-        fallback,
-        state,
-        "devices",
-        show=lambda: state.recipe.fallback_allocation,
-        write=lambda on: state.update(fallback_allocation=on),
-    )
-    bind(
-        buffers,
-        state,
-        "devices",
-        show=lambda: state.recipe.offload_buffers,
-        write=lambda on: state.update(offload_buffers=on),
-    )
-    bind(
-        folder,
-        state,
-        "devices",
-        show=lambda: state.recipe.offload_folder or "",
-        write=lambda text: state.update(offload_folder=text.strip() or None),
-    )
+    for control, name, show, write in (
+        (no_split, "no_split_module_classes", lambda names: ", ".join(names or ()), _names),
+        (fallback, "fallback_allocation", bool, bool),
+        (buffers, "offload_buffers", bool, bool),
+        (folder, "offload_folder", lambda path: path or "", lambda text: text.strip() or None),
+    ):
+        bind(
+            control,
+            state,
+            "devices",
+            show=lambda name=name, show=show: show(getattr(state.recipe, name)),  # type: ignore[misc]
+            write=lambda value, name=name, write=write: state.update(**{name: write(value)}),  # type: ignore[misc]
+        )
     note = html("wb-note", value="With accelerate's names and defaults.")
     box = classed(
         w.Accordion([w.VBox([no_split, fallback, buffers, folder, note])], titles=("Advanced",)),
@@ -92,3 +64,7 @@ def advanced(state: State) -> w.Accordion:
     )
     box.selected_index = None
     return box
+
+
+def _names(text: str) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in text.split(",") if name.strip()) or None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 
 from workbench.calibration import OFFLINE, CalibrationText, fitted
-from workbench.panels.look import classed, html, visible
+from workbench.panels.look import classed, html, text_field, visible
 
 if TYPE_CHECKING:
     from workbench.panels.state import State
@@ -117,12 +117,6 @@ class CalibrationControls:
         except ValueError as error:
             note = str(error)
         self._amount.value = escape(note)
-
-
-def text_field(label: str, name: str, example: str, tip: str) -> Any:
-    """A line of text with a label, an example in it while it is empty, and a tooltip."""
-    field = w.Text(description=label, placeholder=example, tooltip=tip, continuous_update=False)
-    return classed(field, name, "wb-wide")
 
 
 def _number(label: str, value: int, name: str, tip: str) -> Any:

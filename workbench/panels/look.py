@@ -173,6 +173,12 @@ def html(*names: str, value: str = "") -> Any:
     return classed(w.HTML(value=value), *names)
 
 
+def text_field(label: str, name: str, example: str, tip: str) -> Any:
+    """A line of text with a label, an example in it while it is empty, and a tooltip."""
+    field = w.Text(description=label, placeholder=example, tooltip=tip, continuous_update=False)
+    return classed(field, name, "wb-wide")
+
+
 def panel(title: str, children: Iterable[Any], *names: str) -> Any:
     """A titled box."""
     heading = html("wb-title", value=f'<div role="heading" aria-level="3">{escape(title)}</div>')

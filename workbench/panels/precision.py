@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
-from workbench.panels.look import classed, close_tree, html, panel, problem_line, visible
+from workbench.panels.look import classed, close_tree, html, panel, problem_line, text_field, visible
 from workbench.panels.state import bind
 from workbench.precision import DTYPES, GPTQ, FourBit, FullPrecision, Int8
 
@@ -138,15 +138,11 @@ class PrecisionPanel:
             "wb-sym",
         )
         self._chips_box = classed(w.Box([]), "wb-skip")
-        self.skip_text = classed(
-            w.Text(
-                description="Skip by name",
-                placeholder="model.layers.0.mlp, ...",
-                continuous_update=False,
-                tooltip="Modules to leave unquantized, by name or part of a name, with commas between them",
-            ),
+        self.skip_text = text_field(
+            "Skip by name",
             "wb-skip-text",
-            "wb-wide",
+            "model.layers.0.mlp, ...",
+            "Modules to leave unquantized, by name or part of a name, with commas between them",
         )
         self._skip_note = html("wb-note")
         self.offload = classed(

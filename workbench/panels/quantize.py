@@ -14,9 +14,9 @@ import ipywidgets as w
 from workbench.gptq import quantize
 from workbench.hardware import Machine
 from workbench.model import ModelRef
-from workbench.panels.calibration import CalibrationControls, text_field
+from workbench.panels.calibration import CalibrationControls
 from workbench.panels.job import Job
-from workbench.panels.look import classed, html, problem_line, visible
+from workbench.panels.look import classed, html, problem_line, text_field, visible
 from workbench.panels.quantized import QuantizedView, worst_modules
 from workbench.precision import GPTQ, FullPrecision
 
