@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -33,7 +34,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for the other threads
@@ -53,7 +54,6 @@ from workbench.sizes import measure_weights  # noqa: E402
 
 REPORT = ROOT / "docs" / "exact.md"
 SEQ2SEQ = " (seq2seq)"
-_COLUMNS = "WORKBENCH_EXACT_COLUMNS"
 # Refusals of a preview that say what the libraries cannot do.
 NOT_OURS = ("transformers cannot plan", "GPTQ finds nothing to quantize", "nothing is left to quantize")
 # Column -> the nearest dtype that accelerate's estimate knows.
@@ -70,12 +70,6 @@ PRECISIONS = {
     # At the end: some models share an activation with all of their class, and accelerate's hooks stay on it.
     "bfloat16, CPU and disk": "float16",
 }
-
-
-def columns() -> dict[str, str]:
-    """The precisions of this run."""
-    asked = os.environ.get(_COLUMNS)
-    return PRECISIONS if asked is None else {title: PRECISIONS[title] for title in asked.split(";")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +119,16 @@ def row_names() -> tuple[str, ...]:
     return (*model_types(), *(f"{name}{SEQ2SEQ}" for name in seq2seq_types()))
 
 
-def examine(model_type: str) -> Row:
-    """Make one architecture, then preview and load it in every precision."""
+def examine(model_type: str, titles: Sequence[str] = tuple(PRECISIONS)) -> Row:
+    """Make one architecture, then preview and load it in the precisions of these titles."""
     with tempfile.TemporaryDirectory(prefix="exact-") as folder, quiet():
         try:
             name = model_type.removesuffix(SEQ2SEQ)
             count = save_model(name, Path(folder), seq2seq=name != model_type)
         except Exception as error:  # noqa: BLE001 - libraries raise anything, and what they raise is the result
-            return Row(model_type=model_type, outcomes=dict.fromkeys(columns(), Outcome(error=one_line(error, folder))))
+            return Row(model_type=model_type, outcomes=dict.fromkeys(titles, Outcome(error=one_line(error, folder))))
         estimates, failure = accelerate_estimates(folder)
-        outcomes = {title: compare(folder, title, estimates.get(name)) for title, name in columns().items()}
+        outcomes = {title: compare(folder, title, estimates.get(PRECISIONS[title])) for title in titles}
         return Row(
             model_type=model_type,
             class_name=wb.read_skeleton(folder).architecture,
@@ -278,7 +272,7 @@ def accelerate_estimates(folder: str) -> tuple[dict[str, float], str]:
         model_name=folder,
         library_name="transformers",
         trust_remote_code=False,
-        dtypes=sorted(set(columns().values())),
+        dtypes=sorted(set(PRECISIONS.values())),
     )
     ask_the_hub = estimate.verify_on_hub
     # All the rest is accelerate's own: only the question whether the Hub has the model is answered here.
@@ -337,19 +331,20 @@ maps to text in and text out, is made as a tiny model with random weights (tests
 
 def report(rows: list[Row]) -> str:
     """The whole report as Markdown; the same text for the same results."""
+    titles = tuple(rows[0].outcomes)
     notes: dict[str, int] = {}
     table = [
-        f"| model type | class | parameters | {' | '.join(columns())} |",
-        f"|---|---|---:|{'---|' * len(columns())}",
+        f"| model type | class | parameters | {' | '.join(titles)} |",
+        f"|---|---|---:|{'---|' * len(titles)}",
     ]
     for row in rows:
         failure = row.estimate_failure and mark(f"No estimate by accelerate: ``{row.estimate_failure}``", notes)
-        cells = [cell(row.outcomes[title], notes) for title in columns()]
+        cells = [cell(row.outcomes[title], notes) for title in titles]
         count = f"{row.parameter_count:,}" if row.parameter_count else ""
         table.append(f"| {row.model_type}{failure} | {row.class_name} | {count} | {' | '.join(cells)} |")
     parts = [
         "# Previewed bytes and loaded bytes",
-        "Made by `python benchmarks/exact.py`; do not edit." if len(columns()) == len(PRECISIONS) else PART,
+        "Made by `python benchmarks/exact.py`; do not edit." if len(titles) == len(PRECISIONS) else PART,
         summary(rows),
         f"Versions: {versions()}. Machine: {machine()}.",
         HOW_TO_READ,
@@ -365,7 +360,7 @@ def summary(rows: list[Row]) -> str:
     statuses = [outcome.status for row in rows for outcome in row.outcomes.values()]
     never = sum(all(outcome.status == "impossible" for outcome in row.outcomes.values()) for row in rows)
     return (
-        f"**{len(rows)} architectures in {len(columns())} precisions: {statuses.count('exact'):,} exact, "
+        f"**{len(rows)} architectures in {len(rows[0].outcomes)} precisions: {statuses.count('exact'):,} exact, "
         f"{statuses.count('different'):,} different, {statuses.count('impossible'):,} impossible for the libraries "
         f"themselves ({never} architectures in no precision).**"
     )
@@ -375,7 +370,7 @@ def errors_by_precision(rows: list[Row]) -> Iterator[str]:
     """A small table: the outcomes and the others' errors for each precision."""
     yield "| precision | exact | different | impossible | `get_memory_footprint()` | `accelerate estimate-memory` |"
     yield "|---|---:|---:|---:|---|---|"
-    for title in columns():
+    for title in rows[0].outcomes:
         outcomes = [row.outcomes[title] for row in rows]
         counts = [str([o.status for o in outcomes].count(s)) for s in ("exact", "different", "impossible")]
         footprint = spread(o.footprint_error for o in outcomes)
@@ -440,7 +435,6 @@ def main() -> int:
     titles = options.columns.split(";") if options.columns else list(PRECISIONS)
     if not set(titles) <= set(PRECISIONS):
         parser.error(f"the columns are {', '.join(PRECISIONS)}")
-    os.environ[_COLUMNS] = ";".join(titles)  # other processes read it too
     unknown = set(chosen) - set(row_names())
     if unknown:
         parser.error(
@@ -449,7 +443,7 @@ def main() -> int:
     started = time.perf_counter()
     rows = []
     with mapping(options.jobs) as map_:
-        for row in map_(examine, chosen):
+        for row in map_(functools.partial(examine, titles=titles), chosen):
             rows.append(row)
             found = [outcome.status for outcome in row.outcomes.values()]
             counts = ", ".join(f"{found.count(status)} {status}" for status in dict.fromkeys(found))

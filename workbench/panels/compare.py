@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from workbench.panels.state import State
     from workbench.placement import Placement
     from workbench.recipe import Recipe
+    from workbench.skeleton import Skeleton
 
 
 class ComparePanel:
@@ -64,10 +65,11 @@ class ComparePanel:
 
     def _show_pinned(self, _: object = None) -> None:
         state = self._state
-        if state.pinned is None or state.placement is None:
+        before, skeleton = state.pinned_skeleton, state.skeleton
+        if state.pinned is None or state.placement is None or before is None or skeleton is None:
             told = "<div>Pin a placement below the picture to compare the next ones with it.</div>"
         else:
-            told = differences_as_html(differences(state.pinned, state.placement))
+            told = differences_as_html(differences(state.pinned, state.placement, (before, skeleton)))
         if self._pinned.value != told:
             self._pinned.value = told
 
@@ -116,8 +118,15 @@ class ComparePanel:
         self._note.value = "" if same else "For choices that have changed since: compare again."
 
 
-def differences(pinned: Placement, now: Placement) -> list[tuple[str, str, str, str]]:
+def differences(
+    pinned: Placement, now: Placement, skeletons: tuple[Skeleton, Skeleton] | None = None
+) -> list[tuple[str, str, str, str]]:
     """What differs between a pinned placement and the present one.
+
+    Args:
+        pinned: The one.
+        now: The other.
+        skeletons: Their models, if they are already there; None reads them, which may ask the Hub.
 
     Returns:
         Rows of (what, pinned, now, difference), those that are the same left out; the difference is empty where there
@@ -129,7 +138,7 @@ def differences(pinned: Placement, now: Placement) -> list[tuple[str, str, str, 
         ("Precision", pinned.precision.label, now.precision.label, ""),
         ("Strategy", pinned.recipe.strategy, now.recipe.strategy, ""),
         ("Verdict", VERDICTS[pinned.verdict][1], VERDICTS[now.verdict][1], ""),
-        _speeds(pinned, now),
+        _speeds(pinned, now, skeletons or (read_skeleton(pinned.recipe.model), read_skeleton(now.recipe.model))),
         _sizes("Weights", pinned.total_bytes, now.total_bytes),
         _sizes("KV cache", pinned.kv_cache_bytes, now.kv_cache_bytes),
     ]
@@ -155,8 +164,8 @@ def _sizes(what: str, a: int | None, b: int | None) -> tuple[str, str, str, str]
     return what, left, right, off
 
 
-def _speeds(pinned: Placement, now: Placement) -> tuple[str, str, str, str]:
-    speeds = [predict_speed(each, read_skeleton(each.recipe.model)) for each in (pinned, now)]
+def _speeds(pinned: Placement, now: Placement, skeletons: tuple[Skeleton, Skeleton]) -> tuple[str, str, str, str]:
+    speeds = [predict_speed(each, skeleton) for each, skeleton in zip((pinned, now), skeletons, strict=True)]
     left, right = ("no estimate" if s is None else f"est. {rate(s)} tok/s" for s in speeds)
     factor = ""
     if speeds[0] is not None and speeds[1] is not None and left != right:

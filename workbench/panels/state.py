@@ -68,6 +68,7 @@ class State(HasTraits):
         self._working = False
         self._closed = False
         self._good: _Answer | None = None
+        self.pinned_skeleton: Skeleton | None = None  # of what is pinned
         self._warm: set[tuple[ModelRef, Precision]] = set()
         self.set_trait("recipe", recipe)
         self.set_trait("machine", machine or Machine.detect(accelerators=False))
@@ -167,8 +168,9 @@ class State(HasTraits):
             self.set_trait("session", session)
 
     def pin(self, placement: Placement | None) -> None:
-        """Keep a placement to compare others with; None lets it go."""
+        """Keep the present placement to compare others with; None lets it go."""
         with self.lock:
+            self.pinned_skeleton = None if placement is None else self.skeleton
             self.set_trait("pinned", placement)
 
     def report(self, panel: str, sentence: str) -> None:
