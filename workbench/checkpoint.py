@@ -12,13 +12,13 @@ import copy
 import functools
 import importlib.util
 import json
-import logging
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.kernels import quietly
 from workbench.precision import GPTQ, FourBit, Int8
 
 if TYPE_CHECKING:
@@ -148,15 +148,12 @@ def not_loadable_because(options: Mapping[str, Any]) -> str | None:
 def _ask_quantizer(options: str) -> str | None:
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(json.loads(options)), pre_quantized=True)
-        quantizer.validate_environment(device_map={"": "cpu"})
+        with quietly():
+            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(json.loads(options)), pre_quantized=True)
+            quantizer.validate_environment(device_map={"": "cpu"})
     except Exception as error:  # noqa: BLE001 - a library for each method, each with errors of its own
         return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-    finally:
-        logging.disable(previous)
     return None
 
 

@@ -10,17 +10,15 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import sys
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from workbench.compare import what_fits
 from workbench.hardware import Machine, format_bytes
+from workbench.kernels import quietly
 from workbench.model import ModelRef
 from workbench.placement import place
 from workbench.precision import DTYPES, GPTQ, FourBit, FullPrecision, Int8
@@ -31,7 +29,7 @@ from workbench.speed import predict_speed
 from workbench.workload import Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from workbench.precision import Precision
 
@@ -129,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.command == "lab":
             return _lab(rest)
-        with _quiet():
+        with quietly():  # stderr is for our own sentence
             code = _plan(options) if options.command == "plan" else _fits(options)
             sys.stdout.flush()
         return code  # noqa: TRY300 - a pipe may break as late as in the flush
@@ -143,19 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = "" if sentence and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         print(f"workbench: {kind}{sentence}", file=sys.stderr)
         return 2
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep stderr for our own sentence: libraries warn there at import of what has no part in a plan."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -53,7 +53,7 @@ def import_gptqmodel() -> Any:
     # Newer versions want two workers more than a machine with two cores has.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     logging.getLogger("torchao").setLevel(logging.ERROR)
-    with _silence():
+    with quietly(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         import gptqmodel
         import optimum.gptq  # noqa: F401 - what transformers loads with
     for name, value in before.items():
@@ -99,15 +99,12 @@ def spared_from_initialization(model_class: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def quietly() -> Iterator[None]:
+    """Hold back what libraries log and warn of."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -347,7 +344,7 @@ def _relative_error(
 
     worst = 0.0
     try:
-        with _silence(), torch.inference_mode():
+        with quietly(), torch.inference_mode():
             holder = torch.nn.Module()
             plain = {}
             for rows, columns in shapes:
