@@ -16,6 +16,7 @@ from ipywidgets.widgets import widget as widget_module
 from played_page import choose, click, find, send, wait_for
 
 import workbench as wb
+from workbench.first_forward import bytes_once_run, repacks_4bit
 from workbench.panels import state as state_module
 from workbench.panels.devices import slider_step
 from workbench.panels.look import count, whole_tree
@@ -129,6 +130,23 @@ def test_what_is_given_is_placed_and_shown(bench: wb.Workbench, tiny_llama: Path
     ]
     facts = find(bench, "wb-model-facts").value
     assert all(fact in facts for fact in ("140k parameters", "2 layers", "bfloat16", "context 2,048", "apache-2.0"))
+
+
+def test_when_all_is_known_the_load_is_estimated_and_so_is_what_comes_after_it(tiny_llama: Path) -> None:
+    here = wb.Machine(name="This machine", devices=(device("cpu", 24 * GIB),))
+    made = wb.Workbench(wb.Recipe(model=str(tiny_llama), precision=wb.FourBit()), here)
+    assert made._state.settle(60)
+    told = find(made, "wb-doing").value
+    assert "Loads in about" in told
+    assert made.placement is not None
+    assert made._state.skeleton is not None
+    once = bytes_once_run(made.placement, made._state.skeleton)
+    assert once is not None
+    assert (f"{once['cpu']:,} bytes" in told) == ("once they have run" in told) == repacks_4bit()
+    send(find(made, "wb-memory-cpu"), value=0.0)  # no room for anything: nothing to load
+    assert made._state.settle(60)
+    assert "Loads in about" not in find(made, "wb-doing").value
+    made.close()
 
 
 def test_every_control_has_a_label_and_a_tooltip(bench: wb.Workbench) -> None:

@@ -9,7 +9,7 @@ import pytest
 import workbench as wb
 from workbench.hardware import Device, device_label
 from workbench.placement import Layer
-from workbench.show import as_data, as_html, as_page, as_text, layer_ranges, rate, table
+from workbench.show import as_data, as_html, as_page, as_text, duration, layer_ranges, rate, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -167,6 +167,10 @@ def test_a_speed_is_shown_as_the_estimate_that_it_is(offloading: wb.Placement) -
     assert "tok/s" not in as_text(offloading)
     assert rate(None) == "?"
     assert as_data(offloading, speed=measured)["tokens_per_second"] == 12.34
+
+
+def test_a_wait_is_told_as_coarsely_as_it_is_known() -> None:
+    assert [duration(seconds) for seconds in (0.43, 3.2, 12.4, 250)] == ["0.4 s", "3 s", "12 s", "4 min"]
 
 
 class Page(HTMLParser):

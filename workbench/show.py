@@ -170,6 +170,13 @@ def rate(speed: Speed | None) -> str:
     return f"{per_second:.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
+def duration(seconds: float) -> str:
+    """A time to wait, as coarse as an estimate of it is: "0.4 s", "12 s", "4 min"."""
+    if seconds >= 100:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1g} s"
+
+
 def layer_ranges(layers: Iterable[Layer]) -> str:
     """Name layers in execution order, numbered ones as ranges: ``"model.embed_tokens, model.layers.0-15"``."""
     runs: list[list[str]] = []

@@ -179,7 +179,7 @@ def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | No
     here = placement.machine.name == "This machine"
     cpu = (known_calibration() if here else None) or _TYPICAL
     profile = _profile_of(skeleton, placement.recipe.precision)
-    disk = placement.machine.device("disk").bandwidth_bytes_per_s
+    disk = next((d.bandwidth_bytes_per_s for d in placement.machine.devices if d.id == "disk"), None)
     seconds = cpu.load_seconds
     for layer in placement.layers:
         part = profile[layer.name]

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from workbench.first_forward import bytes_once_run
+from workbench.first_forward import bytes_once_run, unrunnable_modules
 from workbench.hardware import DeviceId, device_label, format_bytes, parse_bytes
 from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.sizes import sizes_of, smaller_precisions
@@ -101,7 +101,7 @@ def advise(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[
         advice += _advice_raise(placement, attempt)
     if trouble != "fits":
         advice += _advice_smaller(placement, skeleton)
-    advice += _advice_crossings(placement)
+    advice += [*_advice_unrunnable(placement, skeleton), *_advice_crossings(placement)]
     return tuple(advice)
 
 
@@ -259,6 +259,26 @@ def _advice_too_large(placement: Placement) -> list[Advice]:
         Advice(
             f"{largest.name} alone ({format_bytes(largest.bytes_after)}) is larger than every budget "
             f"(at most {format_bytes(room)}): it cannot be kept where it runs."
+        )
+    ]
+
+
+def _advice_unrunnable(placement: Placement, skeleton: Skeleton) -> list[Advice]:
+    """Name the modules that load in 4 bits on this machine's CPU and then fail at the first forward."""
+    precision = placement.recipe.precision
+    if not isinstance(precision, FourBit) or placement.machine.name != "This machine":
+        return []
+    block_of, runs_on = sizes_of(skeleton, precision).block_of, placement.runs_on
+    names = [n for n in unrunnable_modules(skeleton, precision) if runs_on.get(block_of[f"{n}.weight"]) == "cpu"]
+    if not names:
+        return []
+    kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    skips = precision.skip_modules or skeleton.default_skips
+    return [
+        Advice(
+            f"bitsandbytes cannot compute {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} in 4 bits on "
+            f"this CPU, though it loads: leave {' and '.join(kinds)} out with skip_modules.",
+            precision=replace(precision, skip_modules=(*skips, *(kind for kind in kinds if kind not in skips))),
         )
     ]
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
-from workbench.hardware import format_bytes
+from workbench.first_forward import bytes_once_run
+from workbench.hardware import device_label, format_bytes
 from workbench.panels.advice import AdviceList
 from workbench.panels.chart import Chart
 from workbench.panels.live import Live
@@ -17,15 +18,16 @@ from workbench.panels.picture import KINDS, MODULE_KINDS, chart_height, chart_sp
 from workbench.panels.state import import_numpy
 from workbench.panels.touch import Hands
 from workbench.panels.tree import kinds_by_block
-from workbench.show import rate
+from workbench.show import duration, rate
 from workbench.sizes import sizes_of
-from workbench.speed import predict_speed
+from workbench.speed import predict_load_seconds, predict_speed
 
 if TYPE_CHECKING:
     from workbench.panels.picture import ChartSpec
     from workbench.panels.state import State
     from workbench.placement import Placement
     from workbench.sizes import Sizes
+    from workbench.skeleton import Skeleton
 
 VERDICTS = {"fits": ("✓", "Fits"), "offloads": ("⇅", "Offloads"), "does_not_fit": ("✗", "Does not fit")}
 
@@ -186,7 +188,12 @@ class PreviewPanel:
         self._redraw()
 
     def _show_doing(self, _: object = None) -> None:
-        self._doing.value = escape(self._state.doing)
+        """What the planner is at, and when it has come to rest what else is known of the placement."""
+        placement, skeleton = self._state.placement, self._state.skeleton
+        told = escape(self._state.doing)
+        if not told and placement is not None and placement.advice is not None and skeleton is not None:
+            told = _facts(placement, skeleton)
+        self._doing.value = told
         if self._state.placement is not None and not self._state.is_current:
             self._holder.add_class("wb-old")
         else:
@@ -198,6 +205,23 @@ def _exact(placement: Placement) -> str:
     if placement.kv_cache_bytes is not None:
         parts.append(f"KV cache {placement.kv_cache_bytes:,} bytes ({format_bytes(placement.kv_cache_bytes)})")
     return escape("; ".join(parts))
+
+
+def _facts(placement: Placement, skeleton: Skeleton) -> str:
+    """How long a load takes, and the weights after the first token where these are others, as HTML."""
+    told = []
+    seconds = predict_load_seconds(placement, skeleton)
+    if seconds is not None:
+        basis = "with the files on this machine already"
+        told.append(f'<span title="Estimate, {basis}">Loads in about {duration(seconds)} (est.).</span>')
+    once = None if placement.unplaced else bytes_once_run(placement, skeleton)
+    if once is not None and sum(once.values()) != placement.total_bytes:
+        exact = "; ".join(f"{device_label(device)} {size:,} bytes" for device, size in once.items())
+        told.append(
+            f'<span title="{exact}">Weights take {format_bytes(sum(once.values()))} once they have run: '
+            "they are repacked then.</span>"
+        )
+    return " ".join(told)
 
 
 _HATCHES = {

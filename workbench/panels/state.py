@@ -226,7 +226,8 @@ class State(HasTraits):
             with self._wake:
                 self._working = False
                 if not self._wanted:
-                    self.set_trait("doing", "")
+                    with contextlib.suppress(Exception):  # as below
+                        self.set_trait("doing", "")
                     self._wake.notify_all()
                 self._wake.wait_for(lambda: self._wanted or self._closed)
                 if self._closed:
