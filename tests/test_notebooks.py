@@ -42,7 +42,6 @@ SHOWS = {
         "Does not fit: model.layers.59 to lm_head",
         "packed          Fits on cuda:0",
         "98 % of this model are experts that bitsandbytes does not quantize",
-        "Workbench(",
     ],
     "2-int8": [
         "outliers multiplied apart",

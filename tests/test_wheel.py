@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,14 +16,18 @@ ROOT = Path(__file__).parent.parent
 EXTRAS = ("ipywidgets", "anywidget", "plotly", "IPython", "jupyterlab", "bitsandbytes", "gptqmodel", "optimum", "peft")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def build(target: str, source: Path, folder: Path) -> Path:
+    """What `python -m build` does, without an environment of its own."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(folder)]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     (built,) = folder.iterdir()
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", ROOT, tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +66,31 @@ def test_it_is_small_and_holds_the_package_alone(wheel: Path) -> None:
     assert "workbench/py.typed" in names
     assert "workbench/workbench.ipynb" in names
     assert not any("test" in name or "__pycache__" in name for name in names)
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "workbench").rglob("*.py")}
+    kinds = {".py", ".js", ".css", ".typed"}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "workbench").rglob("*") if path.suffix in kinds}
     assert sources - set(names) == set()
+
+
+def test_the_source_distribution_gives_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """And holds what a packager wants: the tests, and what these read."""
+    source = build("sdist", ROOT, tmp_path / "sdist")
+    assert source.name == f"llm_device_workbench-{wb.__version__}.tar.gz"
+    assert source.stat().st_size < 10_000_000  # pictures
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    again = build("wheel", unpacked, tmp_path / "wheel")
+    assert again.name == wheel.name
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        assert {i.filename: i.CRC for i in one.infolist()} == {i.filename: i.CRC for i in other.infolist()}
+    for wanted in (
+        "LICENSE",
+        "constraints.txt",
+        "docs/tutorial.md",
+        "notebooks/1-preview.ipynb",
+        "tests/test_wheel.py",
+    ):
+        assert (unpacked / wanted).is_file(), wanted
 
 
 def test_its_metadata(wheel: Path) -> None:
