@@ -197,7 +197,7 @@ def pack(folder: str, chosen: wb.GPTQ) -> str:
     for name in (name for names in quantizable_modules(skeleton, chosen).values() for name in names):
         rows, columns = linear_shape(module.get_submodule(name))
         groups = columns // chosen.group_size
-        del tensors[f"{name}.weight"]
+        tensors.pop(f"{name}.weight", None)  # of layers that share one, each has packed weights of its own
         tensors[f"{name}.qweight"] = torch.zeros(columns * chosen.bits // 32, rows, dtype=torch.int32)
         tensors[f"{name}.qzeros"] = torch.zeros(groups, rows * chosen.bits // 32, dtype=torch.int32)
         tensors[f"{name}.scales"] = torch.ones(groups, rows, dtype=torch.float16)

@@ -61,8 +61,8 @@ def test_every_page_and_notebook_can_be_reached_from_the_readme() -> None:
         reached.add(page)
         targets = ((page.parent / link.partition("#")[0]).resolve() for link in links(page) if ":" not in link)
         todo += [t for t in targets if t not in reached and t.suffix in {".md", ".ipynb"} and t.exists()]
-    # The first is what `make lab` opens; the others are parts of exact.md.
-    not_linked = {ROOT / "CHANGELOG.md", ROOT / "notebooks" / "workbench.ipynb", *ROOT.glob("docs/exact-*.md")}
+    # What `make lab` opens, among others.
+    not_linked = {ROOT / "CHANGELOG.md", ROOT / "notebooks" / "workbench.ipynb"}
     assert {*PAGES, *NOTEBOOKS} - reached - not_linked == set()
 
 
