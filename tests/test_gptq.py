@@ -133,11 +133,19 @@ def test_the_plan_foretells_the_size(done: tuple[Path, wb.QuantizeReport, list[A
     plan = wb.plan_quantization(recipe(tiny_llama), calibration=TEXT, batch_size=3)
     assert plan.output_bytes == done[1].after_bytes
     assert plan.module_count == 14
-    assert plan.works_on == "cpu"
-    assert plan.hidden_bytes == 8 * 64 * 64 * 2  # sequences, tokens, width, bfloat16
-    # Everything but down has 64 inputs: q, k, v, o, gate and up have 448 outputs. Four squares and six copies, float32.
-    assert plan.rounding_bytes == max(4 * (4 * 64**2 + 6 * 448 * 64), 4 * (4 * 128**2 + 6 * 64 * 128))
-    assert all(line in [step.text for step in done[2]] for line in plan.lines[1:])
+    assert plan.verdict == "fits"
+    hidden = 8 * 64 * 64 * 2  # sequences, tokens, width, bfloat16
+    assert plan.hidden_bytes == hidden
+    kept = 8 * 64 * (2 * 64 + 2 * 32 + 2 * 128 + 64) * 2 + 2 * hidden  # outputs of a layer's seven modules, two norms
+    assert plan.kept_bytes == kept
+    # Everything but down has 64 inputs: q, k, v, o, gate and up have 448 outputs. One Hessian for 128 inputs at most,
+    # three more squares and six copies of the weights in float32.
+    rounding = 4 * 128**2 + max(4 * (3 * 64**2 + 6 * 448 * 64), 4 * (3 * 128**2 + 6 * 64 * 128))
+    logits = 512 * 512 * 10  # tokens, vocabulary; of a forward pass to measure with
+    memory = plan.memory["cpu"]
+    assert memory.weight_bytes == 279_168 + 2 * 8 * 4  # and two buffers of rotary frequencies
+    assert memory.work_bytes == max(2 * hidden + rounding, logits) + kept
+    assert plan.summary in [step.text for step in done[2]]
 
 
 def test_progress(done: tuple[Path, wb.QuantizeReport, list[Any]]) -> None:
@@ -483,3 +491,51 @@ def test_layers_that_hand_more_on_than_hidden_states(tiny_llama: Path) -> None:
     assert len(done) == 14
     assert all(0 < module.error < 0.3 for module in done)
     assert float((logits(model) - before).norm() / before.norm()) < 0.3
+
+
+def counted(forward: Callable[..., Any], count: list[int]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        count.append(1)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def test_what_is_kept_changes_nothing(tiny_llama: Path) -> None:
+    """Outputs that are kept for later passes, or computed again each time: the same bits, and the modules as before."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from workbench.gptq_layers import Layers, quantizable_modules
+    from workbench.kernels import import_gptqmodel
+
+    import_gptqmodel()
+    precision = wb.GPTQ(group_size=32)
+    skeleton = wb.read_skeleton(str(tiny_llama))
+    results, calls = [], []
+    for kept_bytes in (1 << 30, 0):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        attention = model.model.layers[0].self_attn
+        count: list[int] = []
+        for module in (attention.o_proj, model.model.layers[0].input_layernorm):
+            module.forward = counted(module.forward, count)
+        layers = Layers(
+            model=model,
+            names=skeleton.decoder_blocks,
+            targets=quantizable_modules(skeleton, precision),
+            batches=[torch.arange(3, 67).reshape(2, 32), torch.arange(67, 131).reshape(2, 32)],
+            precision=precision,
+            kept_bytes=kept_bytes,
+        )
+        layers.start()
+        results.append([])
+        for index in range(2):
+            results[-1] += list(layers.quantize(index))
+            layers.advance(index)
+        calls.append(len(count))
+        assert "forward" not in vars(attention)
+        assert "forward" in vars(attention.o_proj)  # ours of this test
+    assert calls[0] < calls[1]
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one.packed.qweight, two.packed.qweight)
+        assert torch.equal(one.packed.scales, two.packed.scales)

@@ -118,7 +118,7 @@ def test_from_text_to_an_opened_and_loaded_model(bench: wb.Workbench, tiny_llama
     worst = tuple(m.name for m in report.worst(2))
     click(find(bench, "wb-skip-worst"))
     assert bench.recipe.precision == wb.GPTQ(group_size=32, skip_modules=worst)
-    assert find(bench, "wb-skip-worst").disabled
+    assert find(bench, "wb-skip-worst").disabled, bench._state.problems
     assert ", ".join(worst) == find(bench, "wb-skip-text").value
 
     click(find(bench, "wb-open-result"))
@@ -127,7 +127,7 @@ def test_from_text_to_an_opened_and_loaded_model(bench: wb.Workbench, tiny_llama
     assert bench.recipe.precision == wb.FullPrecision()
     assert find(bench, "wb-quantize").disabled
     assert "quantized already" in find(bench, "wb-quantize-why").value
-    assert find(bench, "wb-skip-worst").disabled
+    assert find(bench, "wb-skip-worst").disabled, bench._state.problems
     click(find(bench, "wb-load"))
     idle(bench)
     assert "Loaded as previewed" in find(bench, "wb-load-report").value
@@ -367,3 +367,62 @@ def test_suggested_folders_are_new(
     for name in (wanted, f"{wanted}-2", f"{wanted}-3"):
         assert suggested_folder(title, precision) == name
         (tmp_path / name).mkdir()
+
+
+def test_memory_is_foretold_before_the_start(bench: wb.Workbench) -> None:
+    said, room = find(bench, "wb-quantize-plan"), find(bench, "wb-make-room")
+    assert said.value == ""  # nobody is looking
+    send(bench._tabs, selected_index=2)
+    wait_for(lambda: "While quantizing" in said.value)
+    plan = bench._quantize.ahead.plan
+    assert plan is not None
+    assert plan == wb.plan_quantization(
+        bench.recipe, calibration=wb.CalibrationText(samples=8, sequence_length=64), machine=bench.machine
+    )
+    assert f'title="{plan.memory["cpu"].work_bytes:,} bytes"' in said.value
+    assert "✓ Fits: all of it is on cpu." in said.value
+    assert not shown(room)
+
+    send(find(bench, "wb-samples"), value=1_000_000)  # 8 GB of states between two layers
+    wait_for(lambda: "✗ Does not fit" in said.value)
+    assert find(bench, "wb-quantize").disabled
+    assert "quantizing takes" in find(bench, "wb-quantize-why").value
+    send(find(bench, "wb-samples"), value=8)
+    wait_for(lambda: "✓ Fits" in said.value)
+    assert not find(bench, "wb-quantize").disabled
+
+    # A machine that is not here, with budgets that leave the work no room there.
+    bench.machine = wb.Machine.preset("Colab T4")
+    bench.recipe = bench.recipe.with_(max_memory={0: "100KB", "cpu": "1KB"})
+    idle(bench)
+    wait_for(lambda: "✗ Does not fit" in said.value)
+    assert shown(room)
+    assert "Set the budgets to " in room.tooltip
+    click(room)
+    idle(bench)
+    wait_for(lambda: "✓ Fits" in said.value)
+    assert not shown(room)
+    choose(find(bench, "wb-precision"), "int8")
+    idle(bench)
+    wait_for(lambda: said.value == "")
+
+
+def test_more_of_gptq(bench: wb.Workbench) -> None:
+    send(find(bench, "wb-damp"), value=0.05)
+    send(find(bench, "wb-true-sequential"), value=False)
+    pick(find(bench, "wb-format"), "gptq_v2 (old loaders misread it)")
+    idle(bench)
+    assert bench.recipe.precision == wb.GPTQ(group_size=32, damp_percent=0.05, true_sequential=False, format="gptq_v2")
+    bench.recipe = bench.recipe.with_(precision=GPTQ)
+    assert find(bench, "wb-damp").value == 0.1
+    choose(find(bench, "wb-precision"), "full")
+    assert not shown(find(bench, "wb-gptq-knobs"))
+
+
+def test_picking_gptq_takes_groups_that_fit(bench: wb.Workbench) -> None:
+    bench.recipe = bench.recipe.with_(precision=wb.FullPrecision())
+    bench._precision._last["gptq"] = wb.GPTQ()  # as it is in a workbench of which no group size was asked
+    choose(find(bench, "wb-precision"), "gptq")
+    idle(bench)
+    assert bench.recipe.precision == wb.GPTQ(group_size=64)
+    assert "Groups of 128 do not divide" in bench._state.problems["precision"]

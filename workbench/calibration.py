@@ -20,6 +20,7 @@ _HUB_SETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
 }
 _FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")
+EVALUATION_LENGTH = 512  # tokens of a sequence to measure with
 _HELD_BACK = 0.2  # of the offline text, for measuring
 _CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs for prose, so that one reading of a data set is enough
 

@@ -13,7 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.calibration import OFFLINE, CalibrationText, calibration_sequences, evaluation_sequences, fitted
+from workbench.calibration import (
+    EVALUATION_LENGTH,
+    OFFLINE,
+    CalibrationText,
+    calibration_sequences,
+    evaluation_sequences,
+    fitted,
+)
 from workbench.gptq_folder import write_folder
 from workbench.gptq_layers import Layers, linear_shape, replace_weight
 from workbench.gptq_packing import packed_linear
@@ -32,7 +39,7 @@ if TYPE_CHECKING:
     from workbench.gptq_layers import RoundedModule
     from workbench.recipe import Recipe
 
-_EVALUATION = (8, 512)  # sequences of so many tokens
+_EVALUATIONS = 8  # sequences to measure with
 _STATE = "state.json"
 
 
@@ -245,11 +252,13 @@ class _Job:
         )
         for line in plan.lines:
             self.tell("plan", line)
+        if plan.verdict == "does_not_fit":
+            raise ValueError(" ".join((plan.summary, *plan.advice)))
         self.precision: GPTQ = self.recipe.precision  # type: ignore[assignment]
         self.skeleton = read_skeleton(self.recipe.model)
         title = self.skeleton.source.title
         self.targets = plan.targets
-        self.disk_bytes = plan.disk_bytes
+        self.disk_bytes, self.kept_bytes = plan.disk_bytes, plan.kept_bytes
         import_gptqmodel()
         self._check_folder()
         tokenizer = read_tokenizer(self.skeleton)
@@ -259,9 +268,8 @@ class _Job:
         sequences = calibration_sequences(self.calibration, tokenizer)
         held_back: list[list[int]] = []
         if self.evaluation is not None:
-            count, length = _EVALUATION
-            length = min(length, self.skeleton.context_length or length)
-            held_back = evaluation_sequences(self.evaluation, tokenizer, self.calibration, count, length)
+            length = min(EVALUATION_LENGTH, self.skeleton.context_length or EVALUATION_LENGTH)
+            held_back = evaluation_sequences(self.evaluation, tokenizer, self.calibration, _EVALUATIONS, length)
         full = plan.placement.recipe
         self.check()
         with self._working_folder(sequences) as finished:
@@ -292,11 +300,13 @@ class _Job:
             targets=self.targets,
             batches=batches,
             precision=self.precision,
+            kept_bytes=self.kept_bytes,
             check=self._pause,
         )
         modules = self._layers(layers, finished)
         if layers.whole:
             self.notes.append("Its layers hand more on than hidden states, so each stage ran the whole model.")
+        del layers  # and the calibration states with it
         if held_back:
             self.tell("measure", "measuring the quantized model")
             after = perplexity(session.model, held_back, self._pause)
@@ -324,7 +334,7 @@ class _Job:
             skeleton=self.skeleton,
             model=session.model,
             tokenizer=tokenizer,
-            layer_files=[self._layer_file(index) for index in range(len(layers.names))],
+            layer_files=[self._layer_file(index) for index in range(len(self.targets))],
             max_shard_size=self.max_shard_size,
             started=self.started,
             notes=self.notes,

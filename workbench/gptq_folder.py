@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.gptq_layers import quantizable_modules
 from workbench.hardware import format_bytes
+from workbench.saving import front_matter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -214,31 +215,7 @@ def _lines(report: QuantizeReport, skeleton: Skeleton, skipped: list[str], notes
 
 
 def _card(report: QuantizeReport, skeleton: Skeleton) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
-
     source, precision = skeleton.source, report.precision
-    base: Any = None
-    data: dict[str, Any] = {}
-    if source.is_local:
-        from pathlib import Path
-
-        card = Path(source.location) / "README.md"
-        if card.is_file():
-            try:
-                data = ModelCard.load(card).data.to_dict()
-            except (ValueError, OSError):  # somebody's card that cannot be parsed
-                data = {}
-        base = data.get("base_model")
-    else:
-        base = source.location
-    front = ModelCardData(
-        license=source.licence,
-        base_model=base,
-        language=data.get("language"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gptq", f"{precision.bits}-bit", "quantized"],
-    )
     rows = [
         ("Method", "GPTQ (gptqmodel's), by Workbench"),
         ("Bits", f"{precision.bits}, {'symmetric' if precision.sym else 'asymmetric'}"),
@@ -264,7 +241,7 @@ def _card(report: QuantizeReport, skeleton: Skeleton) -> str:
     )
     return "\n".join(
         [
-            f"---\n{front.to_yaml()}\n---",
+            front_matter(source, ["gptq", f"{precision.bits}-bit", "quantized"]),
             "",
             f"# {source.title}, {precision.label}",
             "",

@@ -7,11 +7,13 @@ key and value) share one Hessian and are rounded in one go, which changes nothin
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from workbench.gptq_memory import LayerMemory
 from workbench.gptq_packing import PackedLinear, dequantize, pack_linear
 from workbench.precision import FullPrecision
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from workbench.skeleton import Skeleton
 
 _PACK = 32  # values in a packed block: features come in multiples of it
-_ERROR_TOKENS = 2048  # on so many the output error of a module is measured
+_ONE_THREAD_WEIGHTS = 8_000_000
+_ERROR_TOKENS = 512  # on so many the output error of a module is measured
 
 
 def quantizable_modules(skeleton: Skeleton, precision: GPTQ) -> dict[str, tuple[str, ...]]:
@@ -69,9 +72,21 @@ def quantizable_modules(skeleton: Skeleton, precision: GPTQ) -> dict[str, tuple[
     return found
 
 
+def with_fitting_groups(precision: GPTQ, skeleton: Skeleton) -> GPTQ:
+    """The same choices, with the largest group size that divides the model's modules if their own does not."""
+    for size in (precision.group_size, 128, 64, 32, -1):
+        tried = replace(precision, group_size=size)
+        try:
+            quantizable_modules(skeleton, tried)
+        except ValueError:
+            continue
+        return tried
+    return precision  # something else is the matter, and will be said
+
+
 def quantized_shapes(skeleton: Skeleton) -> tuple[tuple[int, int], ...]:
-    """The different (out, in) shapes of the modules that are quantized in a model that is quantized already."""
-    stated = skeleton.config.quantization_config
+    """The different (out, in) shapes of the modules that are quantized in a model, or can be in one that is not yet."""
+    stated = getattr(skeleton.config, "quantization_config", None) or {}
     stated = stated if isinstance(stated, dict) else stated.to_dict()
     ends = tuple(name for names in stated.get("modules_in_block_to_quantize") or () for name in names)
     module = skeleton.meta_model(FullPrecision()).module
@@ -161,6 +176,7 @@ class Layers:
         targets: For each layer the full names of the modules to quantize.
         batches: Token ids, (sequences, length) each.
         precision: How to quantize.
+        kept_bytes: Room for outputs of finished modules; what it does not hold is computed again.
         check: Called between any two steps; raises to stop.
     """
 
@@ -169,12 +185,14 @@ class Layers:
     targets: dict[str, tuple[str, ...]]
     batches: list[Tensor]
     precision: GPTQ
+    kept_bytes: int = 0
     check: Callable[[], None] = lambda: None
     whole: bool = False
     _blocks: list[Any] = field(default_factory=list)
     _hidden: list[Any] = field(default_factory=list)
     _calls: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     _order: dict[int, list[list[str]]] = field(default_factory=dict)
+    _memory: LayerMemory | None = None
 
     def start(self) -> None:
         """Run the sequences up to the first layer, and see how the model calls its layers and they their modules."""
@@ -268,6 +286,8 @@ class Layers:
 
         for index, batch in enumerate(self.batches):
             self.check()
+            if self._memory is not None:
+                self._memory.start(index)
             try:
                 if self.whole:
                     self._forward(batch)
@@ -283,6 +303,12 @@ class Layers:
         """Give the next layer this one's outputs as its inputs."""
         if not self.whole and layer + 1 < len(self._blocks):
             self._hidden = list(self._replay(layer))
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._memory is not None:
+            self._memory.clear()
+        self._memory = None
 
     def stages(self, layer: int) -> list[list[_Group]]:
         """The layer's modules in the order in which they are quantized: stages of groups with one input each."""
@@ -299,9 +325,21 @@ class Layers:
 
     def quantize(self, layer: int) -> Iterator[RoundedModule]:
         """Quantize one layer stage by stage; yields each module when it is done and replaced."""
+        self._forget()
+        name = self.names[layer]
+        if not self.whole:
+            self._memory = LayerMemory(
+                name=name, block=self._blocks[layer], targets=self.targets[name], most_bytes=self.kept_bytes
+            )
+        done: set[str] = set()
         for groups in self.stages(layer):
             started = time.perf_counter()
+            if self._memory is not None:
+                self._memory.remember(done)
             self._collect(layer, groups)
+            if self._memory is not None:
+                self._memory.tidy()
+            done |= {name for group in groups for name in group.names}
             count = sum(len(group.names) for group in groups)
             collecting = (time.perf_counter() - started) / count
             for group in groups:
@@ -325,6 +363,8 @@ class Layers:
                 group.tokens += x.numel() // x.shape[-1]
                 if len(groups) == 1:
                     raise _Reached
+                if self._memory is not None:
+                    self._memory.unsettle()
 
             return add
 
@@ -349,7 +389,7 @@ class Layers:
         started = time.perf_counter()
         stand_in = group.stand_in
         stand_in.weight.data = stand_in.weight.data.float()  # the result comes in this dtype, and 8 bits need it
-        with torch.inference_mode():
+        with torch.inference_mode(), _threads_for(stand_in.weight):
             rounded, scales, zeros, g_idx, *_ = group.hessian.quantize()
         before = stand_in.weight.data
         seconds = (time.perf_counter() - started) / len(group.names) + collecting
@@ -359,15 +399,16 @@ class Layers:
             rows = _matrix(module).shape[0]
             part = slice(at, at + rows)
             at += rows
-            packed = pack_linear(
-                rounded[part],
-                scales[part],
-                zeros[part],
-                g_idx,
-                bits=self.precision.bits,
-                layout=self.precision.format,
-            )
-            weight = replace_weight(module, packed, self.precision)
+            with _threads_for(stand_in.weight):
+                packed = pack_linear(
+                    rounded[part],
+                    scales[part],
+                    zeros[part],
+                    g_idx,
+                    bits=self.precision.bits,
+                    layout=self.precision.format,
+                )
+                weight = replace_weight(module, packed, self.precision)
             error = float("nan")
             if group.sample is not None:
                 want = group.sample @ before[part].t()
@@ -376,6 +417,26 @@ class Layers:
             yield RoundedModule(name=name, packed=packed, error=error, tokens=group.tokens, seconds=seconds)
         group.hessian.free()
         group.hessian = group.stand_in = group.sample = None
+
+
+@contextlib.contextmanager
+def _threads_for(weight: Tensor) -> Iterator[None]:
+    """Keep the rounding of a small weight to one thread.
+
+    It is tens of thousands of small steps, after each of which the threads wait for each other: on a machine with other
+    work to do, two of them took fifty times as long as one.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    small = weight.device.type == "cpu" and weight.numel() <= _ONE_THREAD_WEIGHTS
+    if small:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if small:
+            torch.set_num_threads(threads)
 
 
 def replace_weight(module: Any, packed: PackedLinear, precision: GPTQ) -> Tensor:

@@ -98,6 +98,14 @@ class CalibrationControls:
             **options,
         )
 
+    def amount(self) -> CalibrationText:
+        """How much text there will be, whatever its source.
+
+        Raises:
+            ValueError: If that cannot be meant.
+        """
+        return CalibrationText(samples=self.samples.value, sequence_length=self.length.value)
+
     def _has_columns(self) -> bool:
         kind, name = self.source.value, self.file.value.strip().lower()
         return bool(kind == _HUB or (kind == _FILE and name.endswith(_WITH_COLUMNS)))
@@ -110,8 +118,7 @@ class CalibrationControls:
         samples, length, skeleton = self.samples.value, self.length.value, self._state.skeleton
         note = f"{samples:,} x {length:,} = {samples * length:,} tokens of text guide the rounding."
         try:
-            text = CalibrationText(samples=samples, sequence_length=length)
-            cut = fitted(text, None if skeleton is None else skeleton.context_length).sequence_length
+            cut = fitted(self.amount(), None if skeleton is None else skeleton.context_length).sequence_length
             if cut < length:
                 note = f"The model reads {cut:,} tokens at a time: so long are the {samples:,} sequences."
         except ValueError as error:

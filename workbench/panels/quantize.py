@@ -14,13 +14,18 @@ import ipywidgets as w
 from workbench.gptq import quantize
 from workbench.hardware import Machine
 from workbench.model import ModelRef
+from workbench.panels.ahead import AheadView
 from workbench.panels.calibration import CalibrationControls
 from workbench.panels.job import Job
 from workbench.panels.look import classed, html, problem_line, text_field, visible
+from workbench.panels.push import PushControls
 from workbench.panels.quantized import QuantizedView, worst_modules
+from workbench.panels.state import bind
 from workbench.precision import GPTQ, FullPrecision
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workbench.gptq import QuantizeReport
     from workbench.panels.look import Page
     from workbench.panels.state import State
@@ -33,13 +38,14 @@ class QuantizePanel:
     Args:
         state: The state.
         page: What the page is like.
+        in_view: Whether anyone is looking.
 
     Attributes:
         box: What is shown.
         report: Of the last quantization, once it is finished.
     """
 
-    def __init__(self, state: State, page: Page) -> None:
+    def __init__(self, state: State, page: Page, in_view: Callable[[], bool] = lambda: True) -> None:
         self._state = state
         self._job = Job(
             state, "quantize", cancelled="Quantizing was cancelled; nothing is left of it.", tip="How much is done"
@@ -48,6 +54,8 @@ class QuantizePanel:
         self._asked: Recipe | None = None
         self.report: QuantizeReport | None = None
         self.calibration = CalibrationControls(state)
+        self.ahead = AheadView(state, self.calibration.amount, in_view)
+        self.push = PushControls(state)
         self.output = text_field("Output folder", "wb-output", "a new folder", "Where the quantized model is saved")
         self._where = html("wb-note", "wb-output-path")
         self.overwrite = classed(
@@ -60,13 +68,16 @@ class QuantizePanel:
         self.open = _button("Open the result", "wb-open-result", "Make the quantized folder the model")
         self.skip = _button("Skip the worst modules", "wb-skip-worst", "Add what changed most to skip_modules")
         self._view = QuantizedView(page)
-        self._after = w.VBox([self._view.box, classed(w.HBox([self.open, self.skip]), "wb-row")])
+        self._knobs = _knobs(state)
+        self._after = w.VBox([self._view.box, classed(w.HBox([self.open, self.skip]), "wb-row"), self.push.box])
         self.box = w.VBox(
             [
                 self.calibration.box,
+                self._knobs,
                 self.output,
                 self._where,
                 self.overwrite,
+                self.ahead.box,
                 classed(w.HBox([self.quantize, self.cancel]), "wb-row"),
                 self._why,
                 problem_line(state, "quantize"),
@@ -80,6 +91,9 @@ class QuantizePanel:
         self.open.on_click(state.guarded("quantize", self._open))
         self.skip.on_click(state.guarded("quantize", self._skip_worst))
         self.output.observe(self._show, "value")
+        for control in (self.calibration.samples, self.calibration.length):
+            control.observe(self.ahead.refresh, "value")
+        self.ahead.on_plan = self._show
         # "doing" last: an equal placement that answers a new question is announced by nothing else.
         state.observe(self._show, ["activity", "session", "recipe", "machine", "skeleton", "placement", "doing"])
         self._show()
@@ -87,6 +101,11 @@ class QuantizePanel:
     def close(self) -> None:
         """Cancel a quantization that is going on and wait for it."""
         self._job.close()
+        self.ahead.close()
+
+    def refresh(self, _: object = None) -> None:
+        """Work out what is to be seen, now that somebody is looking."""
+        self.ahead.refresh()
 
     # The run.
 
@@ -127,6 +146,8 @@ class QuantizePanel:
         with self._state.lock:
             self._asked, self.report = recipe, report
             self._view.show(report)
+            if report is not None:
+                self.push.offer(report.folder)
             self._show()
 
     def _open(self, _: object) -> None:
@@ -167,7 +188,8 @@ class QuantizePanel:
             return f"Pick gptq under Precision to quantize; it is {precision.label} now."
         if not skeleton.has_weights:
             return f"{skeleton.source.title} has no weight files: it can be planned for, not quantized."
-        return ""
+        plan = self.ahead.plan
+        return plan.summary if plan is not None and plan.verdict == "does_not_fit" else ""
 
     def _show(self, _: object = None) -> None:
         with self._state.lock:
@@ -180,6 +202,7 @@ class QuantizePanel:
             self._suggest()
             visible(self._after, when=self.report is not None)
             precision = state.recipe.precision
+            visible(self._knobs, when=isinstance(precision, GPTQ))
             same = self._asked is not None and self._asked.model == state.recipe.model and isinstance(precision, GPTQ)
             worst = {m.name for m in worst_modules(self.report)} if self.report else set()
             self.skip.disabled = not same or worst <= set(getattr(precision, "skip_modules", ()))
@@ -202,6 +225,42 @@ def suggested_folder(title: str, precision: GPTQ) -> str:
     name = f"{stem}-gptq-{precision.bits}bit{group}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(each for each in names if not Path(each).exists())
+
+
+def _knobs(state: State) -> Any:
+    """GPTQ's knobs that most people leave alone, folded away."""
+    damp = w.BoundedFloatText(
+        description="Damping", min=0.001, max=0.999, step=0.01, value=0.1,
+        tooltip="damp_percent: added to the Hessian's diagonal, as a share of its mean; more is steadier",
+    )  # fmt: skip
+    sequential = w.Checkbox(
+        description="True sequential", indent=False, value=True,
+        tooltip="true_sequential: each module of a layer sees the output of those that are rounded already",
+    )  # fmt: skip
+    layout = w.Dropdown(
+        description="Format", options=(("gptq (v1, which everything reads)", "gptq"),
+                                       ("gptq_v2 (old loaders misread it)", "gptq_v2")),
+        tooltip="How zero points are stored: AutoGPTQ and other old loaders read v1 alone",
+    )  # fmt: skip
+    for control, option in ((damp, "damp_percent"), (sequential, "true_sequential"), (layout, "format")):
+        # A control of another method has nothing to say: it keeps what it shows.
+        bind(
+            control,
+            state,
+            "quantize",
+            show=lambda control=control, option=option: getattr(state.recipe.precision, option, control.value),  # type: ignore[misc]
+            write=lambda value, option=option: state.update(  # type: ignore[misc]
+                precision=dataclasses.replace(state.recipe.precision, **{option: value})
+            ),
+        )
+    inside = [
+        classed(damp, "wb-damp", "wb-short"),
+        classed(sequential, "wb-true-sequential"),
+        classed(layout, "wb-format", "wb-wide"),
+    ]
+    box = classed(w.Accordion([w.VBox(inside)], titles=("More of GPTQ",)), "wb-knobs", "wb-gptq-knobs")
+    box.selected_index = None
+    return box
 
 
 def _button(label: str, name: str, tip: str, style: str = "") -> Any:
