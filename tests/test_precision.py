@@ -18,6 +18,9 @@ from workbench.precision import precision_from_dict, precision_to_dict
         (lambda: wb.Int8(skip_modules="lm_head"), "skip_modules is a sequence of module names"),
         (lambda: wb.FourBit(quant_type="nf5"), "quant_type is one of 'nf4', 'fp4', not 'nf5'"),
         (lambda: wb.FourBit(compute_dtype="int8"), "compute_dtype is one of"),
+        (lambda: wb.FourBit(quant_storage="int4"), "quant_storage is one of 'uint8', 'float16'"),
+        (lambda: wb.FourBit(double_quant=1), "double_quant is True or False, not 1"),
+        (lambda: wb.Int8(has_fp16_weight="no"), "has_fp16_weight is True or False, not 'no'"),
         (lambda: wb.FullPrecision(dtype="float8"), "dtype is one of 'auto', 'float32'"),
     ],
 )
@@ -29,7 +32,7 @@ def test_options_out_of_range(make: Any, sentence: str) -> None:
 def test_unknown_options_list_the_valid_ones() -> None:
     with pytest.raises(TypeError, match=r"Int8 has no option 'treshold'. Did you mean 'threshold'\? Valid options: .*"):
         wb.Int8(treshold=6.0)
-    with pytest.raises(TypeError, match="Valid options: quant_type, double_quant, compute_dtype, skip_modules"):
+    with pytest.raises(TypeError, match="Valid options: quant_type, double_quant, compute_dtype, quant_storage, skip"):
         wb.FourBit(group_size=64)
 
 
@@ -67,6 +70,8 @@ def test_config_says_what_the_options_say() -> None:
     [
         wb.Int8(threshold=3.5, skip_modules=("lm_head",), fp32_cpu_offload=True),
         wb.FourBit(quant_type="fp4", double_quant=False, compute_dtype="float16", skip_modules=("lm_head",)),
+        wb.Int8(has_fp16_weight=True),
+        wb.FourBit(quant_storage="bfloat16"),
     ],
 )
 def test_exported_lines_make_the_same_config(precision: wb.Int8 | wb.FourBit) -> None:

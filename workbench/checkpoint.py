@@ -101,12 +101,16 @@ def stored_precision(options: Mapping[str, Any]) -> Precision | None:
     try:
         if method == "gptq":
             return GPTQ.from_config(options)
+        skipped = tuple(options.get("llm_int8_skip_modules") or ())
         if method == "bitsandbytes" and options.get("load_in_8bit"):
-            return Int8(threshold=options.get("llm_int8_threshold", 6.0))
+            return Int8(threshold=options.get("llm_int8_threshold", 6.0), skip_modules=skipped)
         if method == "bitsandbytes":
             return FourBit(
                 quant_type=options.get("bnb_4bit_quant_type", "fp4"),
                 double_quant=bool(options.get("bnb_4bit_use_double_quant", False)),
+                compute_dtype=str(options.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
+                quant_storage=str(options.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch."),
+                skip_modules=skipped,
             )
     except ValueError:  # options that only others know
         return None

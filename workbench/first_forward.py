@@ -1,19 +1,19 @@
 """What becomes of a loaded model's weights at its first forward, where a backend repacks them then.
 
-On CPUs with AVX512-BF16 bitsandbytes rearranges 4-bit weights for a kernel of its own, and undoes double quantization
-on the way; gptqmodel's fused CPU kernels keep copies of scales and zero points; compressed-tensors unpacks everything.
-So the bytes after the first token are not those after the load.
+On CPUs with AVX512-BF16 bitsandbytes rearranges 4-bit weights for a kernel of its own, with scales in bfloat16 (the
+others are kept, see four_bit.py); int8 with has_fp16_weight keeps the int8 values beside the weights; gptqmodel's fused
+CPU kernels keep copies of scales and zero points; compressed-tensors unpacks everything. So the bytes after the first
+token are not those after the load.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from workbench.precision import FOUR_BIT_BLOCK, GPTQ, FourBit, element_bytes
+from workbench.precision import FOUR_BIT_BLOCK, GPTQ, FourBit, Int8, element_bytes
 from workbench.sizes import device_of, sizes_of
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def bytes_once_run(placement: Placement, skeleton: Skeleton) -> dict[DeviceId, i
         return _awq(placement, skeleton, found)
     if isinstance(precision, GPTQ) and isinstance(placement.recipe.precision, GPTQ):
         precision = replace(precision, backend=placement.recipe.precision.backend)
+    if isinstance(precision, Int8) and precision.has_fp16_weight:
+        return _int8_beside(placement, skeleton, precision, found)
     if not isinstance(precision, (FourBit, GPTQ)):
         return found
     quantized = {layer.name for layer in placement.layers if layer.quantized}
@@ -114,15 +116,26 @@ def _four_bit_changes(placement: Placement, skeleton: Skeleton, precision: FourB
         child = module.get_submodule(tensor.name.removesuffix(".weight"))
         on_cpu = device_of(tensor.name, placement.device_map) == "cpu"
         if on_cpu and repacks_4bit():
-            weights = child.out_features * child.in_features
-            scales = 2 * child.out_features * (child.in_features // FOUR_BIT_BLOCK)
-            # The 16 values stay; so does the offset of scales that were quantized, though nothing reads it any more.
-            now = math.ceil(weights / 2) + 64 + scales + (4 if precision.double_quant else 0)
-            changes[tensor.name] = now - tensor.after_bytes
+            # Scales in bfloat16, in the kernel's order; the others are kept (see four_bit.py).
+            changes[tensor.name] = 2 * child.out_features * (child.in_features // FOUR_BIT_BLOCK)
         if child.bias is not None:
             bias = f"{tensor.name.removesuffix('weight')}bias"
             changes[bias] = child.bias.numel() * (element_bytes(compute) - child.bias.element_size())
     return changes
+
+
+def _int8_beside(
+    placement: Placement, skeleton: Skeleton, precision: Int8, found: dict[DeviceId, int]
+) -> dict[DeviceId, int]:
+    """The same for int8 with ``has_fp16_weight``, which keeps what it has multiplied with."""
+    sizes = sizes_of(skeleton, placement.recipe.precision)
+    for name, child in skeleton.meta_model(placement.recipe.precision).module.named_modules():
+        device = device_of(name, placement.device_map)
+        if device is None or type(child).__name__ != "Linear8bitLt":
+            continue
+        if placement.runs_on.get(sizes.block_of[f"{name}.weight"]) == device:
+            found[device] += precision.quantized_bytes((child.out_features, child.in_features))
+    return found
 
 
 def _awq(placement: Placement, skeleton: Skeleton, found: dict[DeviceId, int]) -> dict[DeviceId, int] | None:

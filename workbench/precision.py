@@ -25,6 +25,7 @@ GPTQ_BACKENDS = (
     "machete",
     "bitblas",
 )
+QUANT_STORAGES = ("uint8", "float16", "bfloat16", "float32")
 FOUR_BIT_BLOCK = 64  # weights that share one absmax in bitsandbytes' 4-bit formats
 _NESTED_BLOCK = 256  # absmax values that share one nested absmax under double quantization
 _CODE_BYTES = 16 * 4  # the 16 float32 values that a 4-bit number can mean
@@ -41,6 +42,12 @@ def _check_skip_modules(precision: Any) -> None:
     if isinstance(skip, str) or not all(isinstance(name, str) and name for name in skip):
         raise ValueError(f"skip_modules is a sequence of module names such as ('lm_head',), not {skip!r}.")
     object.__setattr__(precision, "skip_modules", tuple(skip))
+
+
+def _check_switches(precision: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(precision, name), bool):
+            raise ValueError(f"{name} is True or False, not {getattr(precision, name)!r}.")  # noqa: TRY004 - one kind of error for bad input
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -97,6 +104,8 @@ class Int8:
         skip_modules: Modules to leave alone, by name or part of a name. Empty means transformers' own choice: the
             output head and tied weights. Names given here REPLACE that choice, so name ``"lm_head"`` too.
         fp32_cpu_offload: Allow modules on the CPU or disk beside quantized ones on a GPU; they are not quantized.
+        has_fp16_weight: Keep the weights as they are and quantize them anew whenever they multiply: for training them.
+            It saves no memory.
     """
 
     method: ClassVar[str] = "int8"
@@ -104,6 +113,7 @@ class Int8:
     threshold: float = 6.0
     skip_modules: tuple[str, ...] = ()
     fp32_cpu_offload: bool = False
+    has_fp16_weight: bool = False
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -116,6 +126,7 @@ class Int8:
             raise ValueError(f"threshold is a number from 0 to 20 (6.0 is usual), not {self.threshold!r}.")
         object.__setattr__(self, "threshold", float(self.threshold))
         _check_skip_modules(self)
+        _check_switches(self, "fp32_cpu_offload", "has_fp16_weight")
 
     @property
     def label(self) -> str:
@@ -135,14 +146,21 @@ class Int8:
             llm_int8_threshold=self.threshold,
             llm_int8_skip_modules=list(self.skip_modules) or None,
             llm_int8_enable_fp32_cpu_offload=self.fp32_cpu_offload,
+            llm_int8_has_fp16_weight=self.has_fp16_weight,
         )
 
     def to_python(self, model_dtype: str) -> list[str]:  # noqa: ARG002 - likewise
         """The same config as lines of Python, for an exported program."""
-        return _bitsandbytes_lines(self, ["load_in_8bit=True", f"llm_int8_threshold={self.threshold!r}"])
+        options = ["load_in_8bit=True", f"llm_int8_threshold={self.threshold!r}"]
+        if self.has_fp16_weight:
+            options.append("llm_int8_has_fp16_weight=True")
+        return _bitsandbytes_lines(self, options)
 
     def quantized_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of one quantized weight of ``shape`` (out, in): the int8 values and a float32 scale per row."""
+        """Bytes of one quantized weight of ``shape`` (out, in): the int8 values and a float32 scale per row.
+
+        With ``has_fp16_weight`` they come on top of the weight, once it has run.
+        """
         rows, columns = shape
         return rows * columns + 4 * rows
 
@@ -156,6 +174,8 @@ class FourBit:
         quant_type: ``"nf4"`` (for normally distributed weights, the usual choice) or ``"fp4"``.
         double_quant: Quantize the scales as well: 0.4 bits less for each weight.
         compute_dtype: The type to multiply in; ``"auto"`` is the model's own.
+        quant_storage: The type as which the packed bytes are declared. It changes no size; FSDP, which shards tensors
+            of one type only, wants the model's own.
         skip_modules: As in :class:`Int8`.
         fp32_cpu_offload: As in :class:`Int8`.
     """
@@ -165,6 +185,7 @@ class FourBit:
     quant_type: str = "nf4"
     double_quant: bool = True
     compute_dtype: str = "auto"
+    quant_storage: str = "uint8"
     skip_modules: tuple[str, ...] = ()
     fp32_cpu_offload: bool = False
 
@@ -176,7 +197,9 @@ class FourBit:
         """
         _check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
         _check_choice("compute_dtype", self.compute_dtype, ("auto", *DTYPES))
+        _check_choice("quant_storage", self.quant_storage, QUANT_STORAGES)
         _check_skip_modules(self)
+        _check_switches(self, "double_quant", "fp32_cpu_offload")
 
     @property
     def label(self) -> str:
@@ -200,6 +223,7 @@ class FourBit:
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=model_dtype if self.compute_dtype == "auto" else self.compute_dtype,
+            bnb_4bit_quant_storage=self.quant_storage,
             llm_int8_skip_modules=list(self.skip_modules) or None,
             llm_int8_enable_fp32_cpu_offload=self.fp32_cpu_offload,
         )
@@ -213,6 +237,8 @@ class FourBit:
             f"bnb_4bit_use_double_quant={self.double_quant}",
             f"bnb_4bit_compute_dtype=torch.{compute_dtype}",
         ]
+        if self.quant_storage != "uint8":
+            options.append(f"bnb_4bit_quant_storage=torch.{self.quant_storage}")
         return _bitsandbytes_lines(self, options)
 
     def quantized_bytes(self, shape: tuple[int, int]) -> int:
@@ -278,9 +304,7 @@ class GPTQ:
         _check_choice("bits", self.bits, (2, 3, 4, 8))
         if self.group_size != -1 and (self.group_size < 16 or self.group_size & (self.group_size - 1)):
             raise ValueError(f"group_size is 32, 64, 128 or -1 for a whole row, not {self.group_size!r}.")
-        for name in ("desc_act", "sym", "true_sequential"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is True or False, not {getattr(self, name)!r}.")  # noqa: TRY004 - likewise
+        _check_switches(self, "desc_act", "sym", "true_sequential")
         number = isinstance(self.damp_percent, (int, float)) and not isinstance(self.damp_percent, bool)
         if not number or not 0 < self.damp_percent < 1:
             raise ValueError(f"damp_percent is a number between 0 and 1 (0.1 is usual), not {self.damp_percent!r}.")

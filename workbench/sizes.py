@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.checkpoint import owner_of
+from workbench.four_bit import kept_tensors
 from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
 
 if TYPE_CHECKING:
@@ -269,6 +270,7 @@ def _as_quantized(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> 
             and meta.quantizer is not None
             and all(meta.quantizer.param_needs_quantization(meta.module, n) for n in {name, split.get(name, name)})
             and isinstance(precision, (Int8, FourBit))
+            and not (isinstance(precision, Int8) and precision.has_fp16_weight)
         )
         kept = unquantized[name]
         after = precision.quantized_bytes(tuple(tensor.shape)) if quantized else kept  # type: ignore[union-attr]
@@ -458,11 +460,12 @@ def _quantization_state(parameter: Any) -> Iterator[Any]:
         yield from (state.absmax, state.code, getattr(state, "offset", None))
         if nested is not None:
             yield from (nested.absmax, nested.code)
+        yield from kept_tensors(state)
 
 
 def _kernel_state(module: Any) -> Iterator[Any]:
     """What a quantized module holds that is neither parameter nor buffer, once it has run."""
-    if type(module).__name__ == "Linear8bitLt":  # bitsandbytes moves the scales here
+    if type(module).__name__ == "Linear8bitLt" and hasattr(module, "state"):  # not PEFT's; bitsandbytes moves the scales here
         yield from (module.state.CB, module.state.SCB)
     elif type(module).__module__.startswith("gptqmodel."):
         yield from vars(module).values()

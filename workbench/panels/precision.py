@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
+from workbench.gptq_layers import with_fitting_groups
 from workbench.panels.look import classed, close_tree, html, panel, problem_line, text_field, visible
 from workbench.panels.state import bind
 from workbench.precision import DTYPES, GPTQ, FourBit, FullPrecision, Int8
@@ -188,7 +189,7 @@ class PrecisionPanel:
             state,
             "precision",
             show=lambda: method_of(state.recipe.precision),
-            write=lambda method: state.update(precision=self._last[method]),
+            write=self._pick_method,
         )
         for control, option in (
             (self.dtype, "dtype"),
@@ -216,6 +217,18 @@ class PrecisionPanel:
             show=lambda: ", ".join(name for name in self._skips() if name not in self.chips),
             write=self._set_skip_text,
         )
+
+    def _pick_method(self, method: str) -> None:
+        wanted, skeleton = self._last[method], self._state.skeleton
+        if not isinstance(wanted, GPTQ) or skeleton is None:
+            self._state.update(precision=wanted)
+            return
+        fitted = with_fitting_groups(wanted, skeleton)
+        self._state.update(precision=fitted)
+        if fitted.group_size != wanted.group_size:
+            group = "whole rows" if fitted.group_size == -1 else f"groups of {fitted.group_size}"
+            said = f"Groups of {wanted.group_size} do not divide this model's modules: {group} were taken."
+            self._state.report("precision", said)
 
     def _skips(self) -> tuple[str, ...]:
         return getattr(self._state.recipe.precision, "skip_modules", ())
