@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from workbench.precision import Precision
 
@@ -52,6 +52,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HOME"] = home.name
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_kept() -> Iterator[None]:
+    """Keep no quantized weights between loads, or what a test sees would depend on how busy the machine was before."""
+    import workbench.loading
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbench.loading, "_WORTH_KEEPING_SECONDS", float("inf"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from workbench.calibration import CalibrationText
+from workbench.chat import Chat
 from workbench.compare import Fit, what_fits
+from workbench.generation import ContextUse, GenerationOptions, GenerationStats
 from workbench.gptq import QuantizeProgress, QuantizeReport, quantize
 from workbench.gptq_plan import QuantizePlan, plan_quantization
 from workbench.hardware import Device, Machine
+from workbench.load_guard import DoesNotFit
 from workbench.loading import load
 from workbench.model import ModelRef, fetch_demo_model
 from workbench.placement import DeviceMemory, Layer, Placement, place
 from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
 from workbench.reasons import Reason, why
 from workbench.recipe import Recipe
-from workbench.session import Cancelled, GenerationStats, LoadReport, Progress, Session
+from workbench.session import Cancelled, LoadReport, Progress, Session
 from workbench.skeleton import Skeleton, read_skeleton
 from workbench.speed import Calibration, Speed, calibrate, predict_load_seconds, predict_speed
+from workbench.weight_cache import KeptWeights, kept_weights
+from workbench.weight_cache import empty as empty_kept_weights
 from workbench.workload import Workload
 
 if TYPE_CHECKING:
@@ -34,13 +39,18 @@ __all__ = [
     "Calibration",
     "CalibrationText",
     "Cancelled",
+    "Chat",
+    "ContextUse",
     "Device",
     "DeviceMemory",
+    "DoesNotFit",
     "Fit",
     "FourBit",
     "FullPrecision",
+    "GenerationOptions",
     "GenerationStats",
     "Int8",
+    "KeptWeights",
     "Layer",
     "LoadReport",
     "Machine",
@@ -58,7 +68,9 @@ __all__ = [
     "Workbench",
     "Workload",
     "calibrate",
+    "empty_kept_weights",
     "fetch_demo_model",
+    "kept_weights",
     "load",
     "place",
     "plan_quantization",

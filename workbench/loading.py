@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import tempfile
 import threading
@@ -11,7 +12,9 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from workbench.adapters import attach_adapters, base_note, check_all_here, read_adapter
 from workbench.checkpoint import as_dict
+from workbench.four_bit import keep_scales
 from workbench.hardware import Machine, device_label, format_bytes
 from workbench.kernels import (
     choose_backend,
@@ -20,21 +23,28 @@ from workbench.kernels import (
     settle_kernels,
     spared_from_initialization,
 )
+from workbench.load_guard import after_running_out, check_room, is_out_of_memory
+from workbench.load_progress import check_cancelled, download_bar, files_of, reporting
 from workbench.model import check_weights, read_config, refuses_unknown
 from workbench.offload import attach as attach_offload
 from workbench.placement import Placement, place
-from workbench.precision import GPTQ
+from workbench.precision import GPTQ, FourBit
+from workbench.quantize_4bit import fast_quantization
+from workbench.saving import make_savable
 from workbench.session import Cancelled, LoadReport, Progress, Session, give_back, in_worker
-from workbench.sizes import measure_weights
+from workbench.sizes import measure_weights, sizes_of
 from workbench.skeleton import Skeleton, read_skeleton, turn
+from workbench.threads import SpareThreads
+from workbench.weight_cache import find, keep, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from typing_extensions import Self
+    from pathlib import Path
 
     from workbench.offload import OffloadKind
     from workbench.recipe import Recipe
+
+_WORTH_KEEPING_SECONDS = 1.0  # what is quantized faster than that is quantized again
 
 
 @refuses_unknown
@@ -45,6 +55,8 @@ def load(
     progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
     offload: OffloadKind = "workbench",
+    anyway: bool = False,
+    keep_quantized: bool = True,
 ) -> Session:
     """Load a model exactly as its placement says, and check the real tensors against it.
 
@@ -57,18 +69,32 @@ def load(
         offload: Who brings in the layers that wait on the CPU or disk: ``"workbench"`` reads them ahead of the
             computation (accelerate takes over where that cannot be, and the report says why); ``"accelerate"`` leaves
             it to accelerate's hooks. The results are the same.
+        anyway: Load what does not fit by our count or into what is free now, where that can be tried at all.
+        keep_quantized: Keep weights that are quantized while they are loaded, where that takes more than a moment, for
+            the next load of the same; see :func:`workbench.kept_weights`.
 
     Returns:
         The session.
 
     Raises:
+        DoesNotFit: If there is too little memory or disk; a ValueError that knows what would fit.
         ValueError: If the recipe cannot be loaded here; the sentence says why and what would work.
         Cancelled: If ``cancel`` was set.
     """
     if offload not in ("workbench", "accelerate"):
         raise ValueError(f"offload is 'workbench' or 'accelerate', not {offload!r}.")
     cancel = cancel or threading.Event()
-    return in_worker(lambda: _load(recipe, machine, progress or (lambda _: None), cancel, offload), cancel.set)
+    work = functools.partial(
+        _load,
+        recipe,
+        machine,
+        progress or (lambda _: None),
+        cancel,
+        offload=offload,
+        anyway=anyway,
+        keep_quantized=keep_quantized,
+    )
+    return in_worker(work, cancel.set)
 
 
 def _load(
@@ -76,10 +102,13 @@ def _load(
     machine: Machine | None,
     progress: Callable[[Progress], None],
     cancel: threading.Event,
+    *,
     offload: OffloadKind,
+    anyway: bool,
+    keep_quantized: bool,
 ) -> Session:
     started = time.perf_counter()
-    progress(Progress(stage="plan", done=0, total=None, text="planning"))
+    progress(Progress(stage="resolve", done=0, total=None, text="looking where everything goes"))
     here = Machine.detect()
     if machine is not None and machine.name != here.name:
         raise ValueError(f"The preview is for {machine.name!r}, not for this machine: pick 'This machine' to load.")
@@ -92,9 +121,9 @@ def _load(
             f"{skeleton.source.title} is not quantized, and GPTQ is not done while loading: quantize it first with "
             "workbench.quantize(recipe, output_dir), then load that folder."
         )
-    placement = place(recipe, machine=machine or here, skeleton=skeleton)
-    if placement.verdict == "does_not_fit":
-        raise ValueError(" ".join((placement.summary, *(placement.advice or ()))))
+    placement = place(recipe, machine=machine or here, skeleton=skeleton, advice=False)
+    if placement.verdict == "does_not_fit":  # only then is advice worth its time
+        placement = place(recipe, machine=machine or here, skeleton=skeleton)
     if skeleton.source.gguf_file is not None and "disk" in placement.device_map.values():
         raise ValueError(
             f"{skeleton.source.title} is a GGUF file, of which transformers puts nothing on disk: raise the other "
@@ -105,17 +134,31 @@ def _load(
             f"{skeleton.source.title} is quantized ({skeleton.quantized_as}), and this machine cannot load it: "
             f"{skeleton.not_loadable_because}."
         )
-    _check_free(placement, here)
+    if recipe.adapters:
+        check_all_here(placement)
+    check_room(placement, here, skeleton, recipe.offload_folder or tempfile.gettempdir(), anyway=anyway)
     check_weights(skeleton.source)
-    _check_cancelled(cancel)
+    check_cancelled(cancel)
 
     offload_folder = None
     if "disk" in placement.device_map.values() and recipe.offload_folder is None:
         offload_folder = tempfile.TemporaryDirectory(prefix="workbench-offload-", ignore_cleanup_errors=True)
     folder = recipe.offload_folder if offload_folder is None else offload_folder.name
     model = reader = None
+    key = key_of(skeleton, placement) if keep_quantized else None
+    kept = None if key is None else find(key)
+    quantizes = kept is None and recipe.precision.package is not None and skeleton.quantized_as is None
+    steps = reporting(
+        progress,
+        cancel,
+        stage="quantize" if quantizes else "read",
+        sizes={
+            t.name: t.before_bytes if quantizes else t.after_bytes for t in sizes_of(skeleton, recipe.precision).tensors
+        },
+        files=files_of(skeleton.source),
+    )
     try:
-        with turn.work(), _reporting(progress, cancel):
+        with turn.work(), steps:
             kernel: tuple[str, ...] = ()
             config = None
             if stated is not None:
@@ -127,27 +170,48 @@ def _load(
                     import_gptqmodel()
                     around.enter_context(quiet_optimum())
                     around.enter_context(spared_from_initialization(skeleton.model_class))
-                model, info = _from_pretrained(placement, skeleton, folder, _download_bar(progress, cancel), config)
+                around.enter_context(_spared_from_random_numbers())
+                if quantizes and isinstance(recipe.precision, FourBit):
+                    around.enter_context(fast_quantization(functools.partial(check_cancelled, cancel)))
+                around.enter_context(SpareThreads())
+                began = time.perf_counter()
+                bar = download_bar(progress, cancel)
+                model, info = _from_pretrained(placement, skeleton, folder, bar, config, kept)
+                read_seconds = time.perf_counter() - began
+            make_savable(model)
             if skeleton.quant_method in ("awq", "gptq"):
                 settle_kernels(model)
-        _check_cancelled(cancel)
+        check_cancelled(cancel)
         progress(Progress(stage="check", done=0, total=None, text="checking the tensors against the preview"))
-        tokenizer = read_tokenizer(skeleton)
-        report = _check(model, info, placement, time.perf_counter() - started)
-        report = replace(report, lines=(*report.lines, *skeleton.source.notes, *kernel))
+        bare = placement  # the adapters come last: what is kept for later loads has none
+        if recipe.adapters:
+            bare = place(recipe.with_(adapters=()), machine=placement.machine, skeleton=skeleton, advice=False)
+        report = _check(model, info, bare, time.perf_counter() - started)
+        cached = _keep(key, model, placement, skeleton, read_seconds) if quantizes and report.matches else ()
+        if kept is not None:
+            cached = ("The quantized weights were kept from an earlier load.",)
+        peft_model = attach_adapters(model, recipe.adapters)
+        if peft_model is not None:
+            report = _check(model, info, placement, time.perf_counter() - started)
+        notes = [base_note(read_adapter(location), skeleton) for location in recipe.adapters]
+        report = replace(report, lines=(*report.lines, *cached, *skeleton.source.notes, *kernel, *filter(None, notes)))
         if offload == "workbench":
             reader, lines = attach_offload(model, placement, folder)
             report = replace(report, seconds=time.perf_counter() - started, lines=(*report.lines, *lines))
-    except BaseException:
+    except BaseException as error:
         del model
         if offload_folder is not None:
             offload_folder.cleanup()
+        ran_out = is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+        if ran_out or cancel.is_set():  # frames hold what was read so far
+            error.__traceback__ = error.__cause__ = None
         give_back()
-        _check_cancelled(cancel)  # libraries wrap what stopped a download in errors of their own
+        check_cancelled(cancel)  # libraries wrap what stopped a download in errors of their own
+        if ran_out:
+            raise after_running_out(recipe, skeleton, f"Loading {skeleton.source.title}") from None
         raise
     session = Session(
         model=model,
-        tokenizer=tokenizer,
         recipe=recipe,
         placement=placement,
         load_report=report,
@@ -155,75 +219,11 @@ def _load(
         _offload=reader,
         _offload_folder=offload_folder,
     )
+    for location in recipe.adapters:
+        session.adapters.take(read_adapter(location), peft_model)
     if offload_folder is not None:  # else its removal with a forgotten session would be a warning
         weakref.finalize(session, offload_folder.cleanup)
     return session
-
-
-def _check_free(placement: Placement, here: Machine) -> None:
-    """Compare with what is free at this moment: the preview may be minutes old."""
-    for device, memory in placement.memory.items():
-        free = here.device(device).free_bytes
-        if device != "disk" and memory.used_bytes > free:
-            raise ValueError(
-                f"{here.device(device).label} has {format_bytes(free)} free now, but {format_bytes(memory.used_bytes)} "
-                "are needed: close other programs or models, or lower the budgets."
-            )
-
-
-def _check_cancelled(cancel: threading.Event) -> None:
-    if cancel.is_set():
-        raise Cancelled("The load was cancelled.")
-
-
-@contextlib.contextmanager
-def _reporting(progress: Callable[[Progress], None], cancel: threading.Event) -> Iterator[None]:
-    """Turn transformers' progress bar over the weights into our progress, and make each step a place to cancel."""
-    import transformers
-
-    here = threading.current_thread()
-
-    def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.current_thread() is not here:  # somebody else's bar
-            return factory(*args, **kwargs)
-        return _Steps(args[0] if args else kwargs.get("iterable", ()), kwargs.get("total"), progress, cancel)
-
-    previous = transformers.logging.set_tqdm_hook(hook)
-    try:
-        yield
-    finally:
-        transformers.logging.set_tqdm_hook(previous)
-
-
-class _Steps:
-    """Stands in for a tqdm bar over the weights."""
-
-    def __init__(
-        self, items: Any, total: int | None, progress: Callable[[Progress], None], cancel: threading.Event
-    ) -> None:
-        self._items = items
-        self._total = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
-        self._progress, self._cancel = progress, cancel
-
-    def __iter__(self) -> Iterator[Any]:
-        for done, item in enumerate(self._items):
-            _check_cancelled(self._cancel)
-            turn.pause()
-            self._progress(
-                Progress(stage="read", done=done, total=self._total, text=f"reading weights {done} of {self._total}")
-            )
-            yield item
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return lambda *_, **__: None  # update, set_description, close, ...
 
 
 def _with_kernel(stated: GPTQ, skeleton: Skeleton, placement: Placement) -> tuple[Any, tuple[str, ...]]:
@@ -249,17 +249,24 @@ def _without_offload(skeleton: Skeleton) -> Any:
     return config
 
 
-def _from_pretrained(
-    placement: Placement, skeleton: Skeleton, offload_folder: str | None, download_bar: type, config: Any = None
+def _from_pretrained(  # noqa: PLR0917 - one call
+    placement: Placement,
+    skeleton: Skeleton,
+    offload_folder: str | None,
+    bar: type,
+    config: Any = None,
+    kept: Path | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GgufConfig
 
     _quiet_bitsandbytes()
+    if isinstance(placement.precision, FourBit):
+        keep_scales()
     source = skeleton.source
     options: dict[str, Any] = {
-        **source.arguments,
+        **(source.arguments if kept is None else {}),
         "use_safetensors": None if source.allow_pickle or source.gguf_file else True,
         "dtype": getattr(torch, placement.dtype),
         "device_map": dict(placement.device_map),
@@ -271,53 +278,56 @@ def _from_pretrained(
         options["config"] = config
     elif source.gguf_file is not None:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    elif skeleton.quantized_as is None:  # a None here would hide what a quantized checkpoint says of itself
+    elif (
+        skeleton.quantized_as is None and kept is None
+    ):  # a None here would hide what a quantized checkpoint says of itself
         options["quantization_config"] = placement.recipe.precision.to_config(placement.dtype)
-    if not source.is_local:
-        options["tqdm_class"] = download_bar
+    if not source.is_local and kept is None:
+        options["tqdm_class"] = bar
     try:
         auto_class = AutoModelForSeq2SeqLM if skeleton.is_encoder_decoder else AutoModelForCausalLM
-        model, info = auto_class.from_pretrained(source.location, **options)
+        model, info = auto_class.from_pretrained(source.location if kept is None else kept, **options)
     except SafetensorError as error:
         raise ValueError(
             f"The weights of {source.title} are damaged or cut short ({error}): fetch them again."
-        ) from None
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{source.title} ran out of memory while it was loaded, though the preview said that it fits; lower the "
-            f"budgets by a GiB and try again. ({str(error).splitlines()[0]})"
         ) from None
     except (Cancelled, ValueError):
         raise
     except Exception as error:  # models from anywhere, in libraries that raise anything
         raise ValueError(f"{source.title} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    if kept is not None:  # it is the same model, wherever its weights were found
+        model.config._name_or_path = model.name_or_path = source.location  # noqa: SLF001 - transformers' own name for it
     return model, info
 
 
-def _download_bar(progress: Callable[[Progress], None], cancel: threading.Event) -> type:
-    from tqdm import tqdm
+def _keep(
+    key: str | None, model: Any, placement: Placement, skeleton: Skeleton, read_seconds: float
+) -> tuple[str, ...]:
+    """Keep what was quantized for the next load, and say so."""
+    if key is None or read_seconds < _WORTH_KEEPING_SECONDS:
+        return ()
+    title, label, size_bytes = skeleton.source.title, placement.precision.label, placement.total_bytes
+    if not keep(key, model, title=title, precision=label, size_bytes=size_bytes):
+        return ()
+    return (f"The quantized weights are kept for the next load ({format_bytes(size_bytes)}).",)
 
-    class Bar(tqdm):  # type: ignore[type-arg]
-        """Reports bytes in place of drawing, and ends a download that is cancelled; the next one resumes it."""
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-            self._done, self._all = int(kwargs.get("initial") or 0), kwargs.get("total")
+@contextlib.contextmanager
+def _spared_from_random_numbers() -> Iterator[None]:
+    """Let linear modules be made on meta without drawing numbers that no memory takes: a fifth of a mapped load."""
+    from torch import nn
 
-        def update(self, n: float | None = 1) -> bool | None:
-            _check_cancelled(cancel)
-            self._done += int(n or 0)
-            total = int(self._all) if self._all else None
-            of = f" of {format_bytes(total)}" if total else ""
-            progress(
-                Progress(
-                    stage="download", done=self._done, total=total, text=f"downloading {format_bytes(self._done)}{of}"
-                )
-            )
-            return None
+    original = nn.Linear.reset_parameters
 
-    return Bar
+    def reset(module: nn.Linear) -> None:
+        if not module.weight.is_meta:
+            original(module)
+
+    nn.Linear.reset_parameters = reset  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Linear.reset_parameters = original  # type: ignore[method-assign]
 
 
 def _quiet_bitsandbytes() -> None:

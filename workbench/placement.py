@@ -8,19 +8,20 @@ import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from workbench.adapters import adapter_bytes
 from workbench.hardware import DeviceId, Machine
 from workbench.model import refuses_unknown
 from workbench.packed import pack_model
 from workbench.planner import plan
 from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
-from workbench.sizes import Sizes, device_of, sizes_of
+from workbench.sizes import Sizes, device_of, nearest, sizes_of
 from workbench.skeleton import Block, MetaModel, Skeleton, read_skeleton, turn
 from workbench.verdict import Advice, advise, judge
 from workbench.verdict import longest_context as _search_context
 from workbench.workload import Cost, Workload, measure_cost
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from workbench.precision import Precision
     from workbench.recipe import Recipe
@@ -194,6 +195,9 @@ def place(
     _check_skip_modules(recipe.precision, skeleton)
     attempt = attempts(recipe.precision, machine, skeleton, measure=measure)
     placement = attempt(recipe)
+    why_not = recipe.workload.cache_refused_because(skeleton.config, gpu=bool(_gpus(placement.runs_on.values())))
+    if why_not is not None:
+        raise ValueError(why_not)
     verdict, summary = judge(placement, skeleton)
     placement = replace(placement, verdict=verdict, summary=summary)
     return replace(placement, advice=advise(placement, skeleton, attempt)) if advice else placement
@@ -447,6 +451,21 @@ def _place_block(block: Block, sizes: Sizes, homes: _Homes, weights: dict[Device
     )
 
 
+def _with_adapters(
+    layers: tuple[Layer, ...], recipe: Recipe, skeleton: Skeleton, homes: _Homes, weights: dict[DeviceId, int]
+) -> tuple[Layer, ...]:
+    """Count adapters where their modules run."""
+    extra: dict[str, int] = {}
+    for module, size in adapter_bytes(recipe.adapters, skeleton).items():
+        block = nearest(module, {layer.name for layer in layers}) or layers[0].name
+        extra[block] = extra.get(block, 0) + size
+        device = device_of(module, homes.device_map)
+        if device is not None:
+            home = homes.runs_on(device)
+            weights[home] = weights.get(home, 0) + size
+    return tuple(replace(layer, bytes_after=layer.bytes_after + extra.get(layer.name, 0)) for layer in layers)
+
+
 def _account(
     draft: Placement, skeleton: Skeleton, sizes: Sizes, cost: Cost | None, limits: Mapping[DeviceId, int]
 ) -> Placement:
@@ -454,6 +473,8 @@ def _account(
     homes = _Homes.of(draft.recipe, draft.device_map, limits)
     weights = dict.fromkeys(limits, 0)
     layers = tuple(_place_block(block, sizes, homes, weights) for block in skeleton.blocks)
+    if draft.recipe.adapters:
+        layers = _with_adapters(layers, draft.recipe, skeleton, homes, weights)
     reserved = dict.fromkeys(limits, 0)
     runs_on: dict[str, DeviceId] = {}
     for layer in layers:
@@ -481,6 +502,10 @@ def _account(
     )
 
 
+def _gpus(devices: Iterable[DeviceId]) -> set[DeviceId]:
+    return {device for device in devices if device not in ("cpu", "disk")}
+
+
 def _account_cost(
     workload: Workload, skeleton: Skeleton, cost: Cost | None, runs_on: Mapping[str, DeviceId]
 ) -> tuple[dict[DeviceId, int], dict[DeviceId, int]]:
@@ -489,9 +514,14 @@ def _account_cost(
     activations: dict[DeviceId, int] = {}
     if cost is None:
         return cache, activations
-    for name, share in cost.cache_by_block(workload, skeleton.decoder_blocks).items():
-        if name in runs_on:
-            cache[runs_on[name]] = cache.get(runs_on[name], 0) + share
+    shares = {n: b for n, b in cost.cache_by_block(workload, skeleton.decoder_blocks).items() if n in runs_on}
+    for name, share in shares.items():
+        home = "cpu" if workload.cache == "offloaded" else runs_on[name]
+        cache[home] = cache.get(home, 0) + share
+    if workload.cache == "offloaded":  # the layer that computes has its own on the GPU, and so has the next
+        for gpu in _gpus(runs_on.values()):
+            here = sorted(share for name, share in shares.items() if runs_on[name] == gpu)
+            cache[gpu] = sum(here[-2:])
     for name, peak in cost.activation_bytes(workload).items():
         if name in runs_on:
             activations[runs_on[name]] = max(activations.get(runs_on[name], 0), peak)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from workbench.checkpoint import PACKAGES
+from workbench.generation import CACHE_OPTIONS, GenerationOptions
 from workbench.hardware import DeviceId, device_label, parse_bytes
 from workbench.model import ModelRef, refuses_unknown
 from workbench.precision import (
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential", "packed", "custom")
 _VERSION = 1
-_KNOBS = ("no_split_module_classes", "fallback_allocation", "offload_buffers", "offload_folder")
+_KNOBS = ("no_split_module_classes", "fallback_allocation", "offload_buffers", "offload_folder", "adapters")
 
 
 def _device_key(key: Any) -> DeviceId:
@@ -62,6 +63,7 @@ class Recipe:
             modules run.
         offload_folder: Where weights that wait on disk are put if the checkpoint's own files cannot serve; None is a
             temporary folder that goes with the session.
+        adapters: LoRA adapters to load beside the model: folders or Hub ids. The last one is active.
     """
 
     model: ModelRef = field(default_factory=lambda: ModelRef(name="demo"))
@@ -74,6 +76,7 @@ class Recipe:
     fallback_allocation: bool = False
     offload_buffers: bool = False
     offload_folder: str | None = None
+    adapters: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Check the choices as far as they can be checked without the model and the machine.
@@ -118,6 +121,10 @@ class Recipe:
         folder = self.offload_folder
         if folder is not None and (not isinstance(folder, str) or not folder.strip()):
             raise ValueError(f"offload_folder is the path of a folder, not {folder!r}; leave it out.")
+        adapters = self.adapters
+        if isinstance(adapters, str) or not all(isinstance(name, str) and name.strip() for name in adapters):
+            raise ValueError(f"adapters is a sequence of folders or Hub ids, not {adapters!r}.")
+        object.__setattr__(self, "adapters", tuple(adapters))
 
     def with_(self, **changes: Any) -> Recipe:
         """A copy with some choices changed.
@@ -169,17 +176,18 @@ class Recipe:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"This recipe cannot be read: {error}") from None
 
-    def to_python(self, placement: Placement | None = None) -> str:
+    def to_python(self, placement: Placement | None = None, generation: GenerationOptions | None = None) -> str:
         """Plain transformers code that loads the same model in the same way, without Workbench.
 
         Args:
             placement: Write this placement's own device map; None writes the strategy and ``max_memory``, which the
                 machine that runs the code then turns into a map (for ``"packed"``, the map for this machine).
+            generation: How its answer is made; None is by the likeliest tokens.
 
         Returns:
             A Python program.
         """
-        return _write_python(self, placement)
+        return _write_python(self, placement, generation or GenerationOptions())
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         """Pickle and deep-copy through JSON: a mapping proxy can do neither."""
@@ -193,7 +201,7 @@ class Recipe:
 # --- the exported program ---------------------------------------------------------------------------------------------
 
 
-def _write_python(recipe: Recipe, placement: Placement | None) -> str:
+def _write_python(recipe: Recipe, placement: Placement | None, generation: GenerationOptions) -> str:
     from workbench.placement import place
     from workbench.skeleton import read_skeleton
 
@@ -240,14 +248,16 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
         config_class = ", GPTQConfig" if precision.method == "gptq" else ", BitsAndBytesConfig"
     elif source.gguf_file is not None:
         config_class = ", GgufConfig"
-    package = PACKAGES.get(skeleton.quant_method or "", precision.package)
+    packages = [PACKAGES.get(skeleton.quant_method or "", precision.package)]
+    packages = [name for name in (*packages, "peft" if recipe.adapters else None) if name]
     # What a decoder alone returns begins with the prompt.
     answer = "" if skeleton.is_encoder_decoder else '[inputs["input_ids"].shape[1]:]'
     lines = [
         f"# {source.title}, {skeleton.quantized_as or precision.label}.",
-        "# pip install torch transformers accelerate" + (f" {package}" if package else ""),
+        "# pip install torch transformers accelerate" + "".join(f" {name}" for name in packages),
         *(["import logging", ""] if precision.method == "int8" else []),
         "import torch",
+        *(["from peft import PeftModel"] if recipe.adapters else []),
         f"from transformers import {auto_class}, AutoTokenizer{config_class}",
         "",
         f"MODEL = {source.location!r}",
@@ -266,6 +276,7 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
         f"model = {auto_class}.from_pretrained(",
         *(f"    {argument}," for argument in arguments),
         ")",
+        *_write_adapters(recipe),
         f"tokenizer = AutoTokenizer.from_pretrained({', '.join(common)})",
         "",
         'prompt = "What is the capital of France?"',
@@ -276,11 +287,31 @@ def _write_python(recipe: Recipe, placement: Placement | None) -> str:
         "else:",
         '    inputs = tokenizer(prompt, return_tensors="pt")',
         f"inputs = inputs.to({_input_device(device_map)})",
-        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        *([] if generation.seed is None else [f"torch.manual_seed({generation.seed})"]),
+        f"output = model.generate({', '.join(['**inputs', *_write_generation(recipe, generation)])})",
         f"print(tokenizer.decode(output[0]{answer}, skip_special_tokens=True))",
         "",
     ]
     return "\n".join(lines)
+
+
+def _write_generation(recipe: Recipe, generation: GenerationOptions) -> list[str]:
+    written = {name: repr(value) for name, value in CACHE_OPTIONS[recipe.workload.cache].items()}
+    return [f"{name}={value}" for name, value in {**generation.to_python(), **written}.items()]
+
+
+def _write_adapters(recipe: Recipe) -> list[str]:
+    from workbench.adapters import read_adapter
+
+    lines: list[str] = []
+    for location in recipe.adapters:
+        name = read_adapter(location).name
+        arguments = f"{location!r}, adapter_name={name!r}"
+        if lines:
+            lines += [f"model.load_adapter({arguments})", f"model.set_adapter({name!r})"]
+        else:
+            lines.append(f"model = PeftModel.from_pretrained(model, {arguments})")
+    return lines
 
 
 def _input_device(device_map: Mapping[str, DeviceId] | None) -> str:

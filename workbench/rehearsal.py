@@ -153,7 +153,7 @@ class Rehearsal:
             return self._module(input_ids=ids, **({"decoder_input_ids": ids} if two_sides else {}), **options)
 
         try:
-            with torch.no_grad(), _without_values(), watch:
+            with torch.no_grad(), without_values(), watch:
                 output = forward(tokens)
                 operators = watch.operators
                 name = next((n for n in ("past_key_values", "cache_params", "state") if output.get(n) is not None), "")
@@ -476,7 +476,7 @@ def _memory() -> Callable[..., Any]:
     return run
 
 
-def _without_values() -> Any:
+def without_values() -> Any:
     """A context for a forward without values.
 
     Attention makes no matrix of all pairs, as the fused kernels of every device do not (on ``meta`` torch would take

@@ -10,21 +10,27 @@ import contextlib
 import functools
 import gc
 import threading
-import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from workbench.generation import GenerationStats, make_options
 from workbench.model import refuses_unknown
-from workbench.skeleton import turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
+    from workbench.adapters import Adapters
+    from workbench.chat import Chat
+    from workbench.generation import ContextUse, Prefix
     from workbench.hardware import DeviceId
     from workbench.placement import Placement
     from workbench.recipe import Recipe
     from workbench.skeleton import Skeleton
+    from workbench.training import TrainingProgress, TrainingReport
+    from workbench.training_memory import TrainingPlan
 
 _T = TypeVar("_T")
 _WORKER = "workbench-torch"
@@ -39,8 +45,8 @@ class Progress:
     """How far a load is.
 
     Attributes:
-        stage: ``"plan"``, ``"download"``, ``"read"`` or ``"check"``.
-        done: Bytes when downloading, weights when reading.
+        stage: ``"resolve"``, ``"download"``, ``"read"`` or ``"quantize"``, and ``"check"``.
+        done: Bytes.
         total: Of how many; None if unknown.
         text: The same in words.
     """
@@ -68,25 +74,6 @@ class LoadReport:
     measured_bytes: dict[DeviceId, int]
     matches: bool
     lines: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationStats:
-    """What one generation came to.
-
-    Attributes:
-        prompt_tokens: Tokens of the prompt, template included.
-        new_tokens: Tokens generated.
-        first_token_seconds: From the start to the first token.
-        tokens_per_second: Of the tokens after the first; 0.0 with fewer than two.
-        stopped: Whether it was stopped before its end.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    first_token_seconds: float
-    tokens_per_second: float
-    stopped: bool
 
 
 @functools.lru_cache(maxsize=1)
@@ -126,7 +113,6 @@ class Session:
 
     Attributes:
         model: The ordinary ``transformers`` model; None after :meth:`unload`.
-        tokenizer: Its tokenizer; None if the model came without.
         recipe: The choices that it was loaded with.
         placement: Where everything is.
         load_report: What the load came to.
@@ -135,7 +121,6 @@ class Session:
     """
 
     model: Any
-    tokenizer: Any | None
     recipe: Recipe
     placement: Placement
     load_report: LoadReport
@@ -143,7 +128,16 @@ class Session:
     last_stats: GenerationStats | None = None
     _offload: Any = field(default=None, repr=False)
     _offload_folder: Any = field(default=None, repr=False)
+    _adapters: Any = field(default=None, repr=False)
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
+    _prefixes: weakref.WeakSet[Prefix] = field(default_factory=weakref.WeakSet, repr=False)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer, read when it is first asked for; None if the model came without."""
+        from workbench.loading import read_tokenizer
+
+        return read_tokenizer(self.skeleton)
 
     def generate(self, prompt: str, **options: Any) -> str:
         """Answer a prompt; the options are those of :meth:`stream`.
@@ -157,32 +151,17 @@ class Session:
         """
         return "".join(self.stream(prompt, **options))
 
-    @refuses_unknown
     def stream(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = 64,
-        system: str | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 50,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
+        self, prompt: str, *, system: str | None = None, assistant: Session | None = None, **options: Any
     ) -> Iterator[str]:
         """Answer a prompt piece by piece while it is computed, with the model's chat template where it has one.
 
         Args:
             prompt: What the user says.
-            max_new_tokens: At most so many tokens.
             system: A system prompt, where the chat template knows one; None is the template's own.
-            do_sample: Draw tokens at random in place of taking the likeliest.
-            temperature: Of the drawing, above 0.
-            top_p: Draw from the likeliest tokens that together have this probability.
-            top_k: Draw from so many likeliest tokens; 0 for all.
-            repetition_penalty: Above 1 discourages repeating.
-            seed: Makes the drawing repeatable.
+            assistant: A smaller model that is loaded too, and guesses what this one then checks: the same answer, in
+                less time if it often guesses right.
+            **options: Those of :class:`GenerationOptions`; ``options=GenerationOptions(...)`` gives them all.
 
         Yields:
             Pieces of text; leaving the loop stops the generation.
@@ -190,38 +169,98 @@ class Session:
         Raises:
             ValueError: As :meth:`generate`, at once and not at the first piece.
         """
-        _check_range("max_new_tokens", max_new_tokens, int, low=1)
-        _check_range("temperature", temperature, (int, float), low=1e-6)
-        _check_range("top_p", top_p, (int, float), low=1e-6, high=1)
-        _check_range("top_k", top_k, int, low=0)
-        _check_range("repetition_penalty", repetition_penalty, (int, float), low=1e-6)
-        inputs = self._encode(prompt, system)
-        tokens = int(inputs["input_ids"].shape[1])
-        limit = self.skeleton.context_length
-        # An encoder and a decoder each have a context of their own.
-        used = max(tokens, max_new_tokens) if self.skeleton.is_encoder_decoder else tokens + max_new_tokens
-        if limit is not None and used > limit:
-            raise ValueError(
-                f"The prompt's {tokens:,} tokens and {max_new_tokens:,} new ones are more than the {limit:,} that the "
-                "model allows: shorten the prompt or lower max_new_tokens."
-            )
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": do_sample,
-            "repetition_penalty": float(repetition_penalty),
-            # Without sampling they would only bring a warning that they are ignored.
-            "temperature": float(temperature) if do_sample else None,
-            "top_p": float(top_p) if do_sample else None,
-            "top_k": top_k if do_sample else None,
-        }
-        return self._stream(inputs, options, seed)
+        from workbench.answering import answer, as_messages, encode_prompt
+
+        chosen = make_options(options)
+        inputs = encode_prompt(self, as_messages(prompt, system), chosen)
+        return answer(self, inputs, chosen, assistant=assistant)
+
+    def answers(self, prompts: Sequence[str], *, system: str | None = None, **options: Any) -> Iterator[str]:
+        """Answer many prompts, as many at a time as fit into what the preview counted for the context.
+
+        Args:
+            prompts: Each is answered by itself.
+            system: As in :meth:`stream`.
+            **options: As in :meth:`stream`.
+
+        Yields:
+            One answer for each prompt, in their order.
+
+        Raises:
+            ValueError: As :meth:`generate`, at once.
+        """
+        from workbench.answering import answer_many, as_messages, encode_prompt
+
+        chosen = make_options(options)
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError("Give a list of prompts, or ask for one with generate().")
+        encoded = [encode_prompt(self, as_messages(prompt, system), chosen) for prompt in prompts]
+        return answer_many(self, encoded, chosen)
+
+    def chat(self, *, system: str | None = None) -> Chat:
+        """Begin a conversation.
+
+        Args:
+            system: A system prompt, where the chat template knows one.
+        """
+        from workbench.chat import Chat
+
+        return Chat(self, system=system)
+
+    def context_use(self, prompt: str, *, system: str | None = None, max_new_tokens: int = 64) -> ContextUse:
+        """How much of the context a prompt and its answer would take; nothing is computed.
+
+        Args:
+            prompt: What the user would say.
+            system: As in :meth:`stream`.
+            max_new_tokens: As in :meth:`stream`.
+
+        Raises:
+            ValueError: If the model is unloaded or has no tokenizer.
+        """
+        from workbench.answering import as_messages, context_use
+
+        return context_use(self, as_messages(prompt, system), max_new_tokens)
+
+    def new_stop(self) -> threading.Event:
+        """Make what :meth:`stop` sets from now on, for a generation that begins."""
+        self._stop = threading.Event()
+        return self._stop
+
+    def remember(self, prefix: Prefix) -> None:
+        """Note a cache that goes when the model goes."""
+        self._prefixes.add(prefix)
 
     def stop(self) -> None:
         """Stop the generation that is running; it ends with the token that is being computed."""
         self._stop.set()
 
+    @refuses_unknown
+    def save(self, folder: str | Path, *, overwrite: bool = False, max_shard_size: str = "5GB") -> Path:
+        """Write the model as a folder that loads to the same weights: as they are now, quantized ones packed.
+
+        With tokenizer, chat template, generation config, recipe and model card. Nothing appears at ``folder`` before
+        it is whole.
+
+        Args:
+            folder: The new folder.
+            overwrite: Replace the folder if it exists.
+            max_shard_size: Of one weight file, as ``save_pretrained`` takes it.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If the model cannot be saved as it is, or not there; the sentence says what to do.
+        """
+        from workbench.saving import save
+
+        return save(self, folder, overwrite=overwrite, max_shard_size=max_shard_size)
+
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
-        """Upload the model's folder, with its model card, as a repository on the Hub.
+        """Upload the model, with a model card, as a repository on the Hub.
+
+        A model that was quantized while it was loaded is uploaded quantized; any other is the folder it came from.
 
         Args:
             repo_id: ``"org/name"``, or ``"name"`` for the owner of the token.
@@ -232,11 +271,88 @@ class Session:
             The repository's address.
 
         Raises:
-            ValueError: If the model is not a local folder, or the Hub does not take it.
+            ValueError: If there is nothing to upload, or the Hub does not take it; the sentence says what to do.
         """
-        from workbench.upload import push_folder
+        from workbench.saving import push
 
-        return push_folder(self.skeleton.source, repo_id, private=private, token=token)
+        return push(self, repo_id, private=private, token=token)
+
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRA adapters beside the model: load, list, use, save, merge and remove them."""
+        if self._adapters is None:
+            from workbench.adapters import Adapters
+
+            self._adapters = Adapters(self)
+        adapters: Adapters = self._adapters
+        return adapters
+
+    def train_adapter(
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        folder: str | Path | None = None,
+        overwrite: bool = False,
+        progress: Callable[[TrainingProgress], None] | None = None,
+        cancel: threading.Event | None = None,
+        **options: Any,
+    ) -> TrainingReport:
+        """Train a LoRA adapter on this model, full or quantized; its own weights do not change.
+
+        The adapter is active afterwards. What it will take is worked out first, and refused if there is no room.
+
+        Args:
+            texts: Texts to continue, or (question, answer) pairs, of which only the answers are learnt; questions are
+                put as :meth:`generate` puts them.
+            folder: Save the adapter there. A run that is cancelled then goes on when it is called again.
+            overwrite: Replace the folder if it exists.
+            progress: Called from the worker thread after each step.
+            cancel: Set it to stop after the step that is being done.
+            **options: Those of :class:`TrainingOptions`: ``r``, ``alpha``, ``target_modules``, ``steps``, ...
+
+        Returns:
+            The report: losses, seconds, and what it took.
+
+        Raises:
+            ValueError: If it cannot be trained so; the sentence says what to do.
+            Cancelled: If ``cancel`` was set.
+        """
+        from workbench.training import TrainingOptions, train_adapter
+
+        return train_adapter(
+            self,
+            texts,
+            options=TrainingOptions(**options),
+            folder=folder,
+            overwrite=overwrite,
+            progress=progress,
+            cancel=cancel,
+        )
+
+    def plan_training(self, texts: Sequence[str | tuple[str, str]], **options: Any) -> TrainingPlan:
+        """What :meth:`train_adapter` would take beside the model; nothing is trained.
+
+        Args:
+            texts: As there.
+            **options: As there.
+
+        Raises:
+            ValueError: As there, too little room included.
+        """
+        from workbench.training import TrainingOptions, preview
+
+        return preview(self, texts, TrainingOptions(**options))
+
+    def follow(self, **changes: Any) -> None:
+        """Keep recipe and placement in step with what was changed in the loaded model.
+
+        Args:
+            changes: As :meth:`Recipe.with_` takes them, such as ``adapters``.
+        """
+        from workbench.placement import place
+
+        self.recipe = self.recipe.with_(**changes)
+        self.placement = place(self.recipe, machine=self.placement.machine, skeleton=self.skeleton, advice=False)
 
     def unload(self) -> None:
         """Drop the model and give its memory back. Other references to ``session.model`` keep it alive."""
@@ -253,98 +369,20 @@ class Session:
         for hook in [m._hf_hook for m in self.model.modules() if hasattr(m, "_hf_hook")]:  # noqa: SLF001 - accelerate's
             hook.weights_map = hook.tied_params_map = None
         hook = None
-        self.model = None
+        self.model = self._adapters = None
+        for prefix in self._prefixes:
+            prefix.forget()
         if self._offload_folder is not None:
             self._offload_folder.cleanup()
         give_back()
 
     def _encode(self, prompt: str, system: str | None) -> Any:
-        if self.model is None:
-            raise ValueError("This model is unloaded: load it again.")
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise ValueError(f"{self.skeleton.source.title} came without a tokenizer: use session.model with your own.")
-        if not isinstance(prompt, str) or not prompt:
-            raise ValueError("Give a prompt: some text.")
-        if getattr(tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": prompt}]
-            if system:
-                messages.insert(0, {"role": "system", "content": system})
-            return tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        return tokenizer(f"{system}\n\n{prompt}" if system else prompt, return_tensors="pt")
+        from workbench.answering import as_messages, encode
 
-    def _stream(self, inputs: Any, options: dict[str, Any], seed: int | None) -> Iterator[str]:
-        from transformers import TextIteratorStreamer
-
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = self._stop = threading.Event()
-
-        def run() -> None:
-            try:
-                with turn.work():
-                    self._generate(inputs, options, seed, streamer, stop)
-            finally:
-                streamer.end()
-
-        future = worker().submit(run)
-        try:
-            yield from filter(None, streamer)
-        except GeneratorExit:
-            stop.set()
-            raise
-        except KeyboardInterrupt:
-            stop.set()
-            future.exception()
-            raise
-        future.result()
-
-    def _generate(
-        self, inputs: Any, options: dict[str, Any], seed: int | None, streamer: Any, stop: threading.Event
-    ) -> None:
-        import torch
-        from transformers import StoppingCriteriaList
-
-        if self.model is None:
-            raise ValueError("This model is unloaded: load it again.")
-        device = self._input_device()
-        inputs = {key: value.to(device) for key, value in inputs.items()}
-        batch, prompt_tokens = inputs["input_ids"].shape
-        times: list[float] = []
-
-        def after_each_token(input_ids: Any, _scores: Any, **_: Any) -> Any:
-            times.append(time.perf_counter())
-            turn.pause()
-            # A program that ends must not wait for a long answer.
-            ends = stop.is_set() or not threading.main_thread().is_alive()
-            return torch.full((batch,), ends, dtype=torch.bool, device=input_ids.device)
-
-        started = time.perf_counter()
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            self.model.generate(
-                **inputs, **options, streamer=streamer, stopping_criteria=StoppingCriteriaList([after_each_token])
-            )
-        decoding = times[-1] - times[0]
-        self.last_stats = GenerationStats(
-            prompt_tokens=prompt_tokens,
-            new_tokens=len(times),
-            first_token_seconds=times[0] - started,
-            tokens_per_second=(len(times) - 1) / decoding if len(times) > 1 and decoding > 0 else 0.0,
-            stopped=stop.is_set(),
-        )
+        return encode(self, as_messages(prompt, system))
 
     def _input_device(self) -> Any:
         embedding = self.model.get_input_embeddings()
         hook = getattr(embedding, "_hf_hook", None)
         home = getattr(hook, "execution_device", None)
         return embedding.weight.device if home is None else home
-
-
-def _check_range(name: str, value: Any, kind: Any, *, low: float, high: float | None = None) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        bound = f"from {low:g} to {high:g}" if high is not None else f"of at least {low:g}"
-        whole = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} is {whole} {bound}, not {value!r}.")

@@ -19,11 +19,12 @@ import tempfile
 import time
 import weakref
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workbench.model import cache_folder, refuses_unknown
 from workbench.precision import FourBit, FullPrecision, Int8
+from workbench.quantize_4bit import fast_quantization
 from workbench.sizes import sizes_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Calibration:
         load_tensor_seconds: For each tensor that is loaded.
         convert_bytes_per_s: Writing weights in another dtype than the checkpoint's.
         quantize_weights_per_s: By method.
+        flops_per_s: Multiplying a prompt's tokens with a matrix, by dtype.
     """
 
     token_seconds: float
@@ -75,6 +77,7 @@ class Calibration:
     convert_bytes_per_s: float
     quantized_seconds: dict[str, float]
     quantize_weights_per_s: dict[str, float]
+    flops_per_s: dict[str, float] = field(default_factory=dict)
 
     def read_seconds(self, size_bytes: int, kind: str) -> float:
         """Seconds to multiply by one matrix of so many bytes, in a dtype or quantized with a method."""
@@ -97,7 +100,8 @@ _TYPICAL = Calibration(
     load_tensor_seconds=0.3e-3,
     convert_bytes_per_s=2e9,
     quantized_seconds={"int8": 100e-6, "4bit": 20e-6},
-    quantize_weights_per_s={"int8": 150e6, "4bit": 50e6},
+    quantize_weights_per_s={"int8": 150e6, "4bit": 250e6},
+    flops_per_s={"bfloat16": 300e9, "float32": 80e9},
 )
 
 
@@ -108,10 +112,18 @@ class Speed:
     Attributes:
         tokens_per_second: For one sequence at a short context.
         calibrated: Whether it rests on measurements of this machine; else on data sheets or a typical machine.
+        prefill_tokens_per_second: Of a long prompt; None where nothing is known of it (GPUs).
     """
 
     tokens_per_second: float
     calibrated: bool
+    prefill_tokens_per_second: float | None = None
+
+    def first_token_seconds(self, prompt_tokens: int) -> float | None:
+        """How long the first token after a prompt takes; None where nothing is known of it."""
+        if self.prefill_tokens_per_second is None:
+            return None
+        return 1 / self.tokens_per_second + prompt_tokens / self.prefill_tokens_per_second
 
 
 def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
@@ -157,7 +169,12 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
             seconds += len(part.tensors) * (cpu.fetch_seconds + tensors_in_file * cpu.header_seconds)
             disk = placement.machine.device("disk").bandwidth_bytes_per_s
             seconds += fetched / (cpu.disk_bytes_per_s if disk is None else disk)
-    return Speed(tokens_per_second=1 / seconds, calibrated=known is not None)
+    prefill = None
+    if not gpus:
+        flops = cpu.flops_per_s or _TYPICAL.flops_per_s
+        weights = sum(tensor.weights * tensor.share for part in profile.values() for tensor in part.tensors)
+        prefill = flops.get(placement.dtype, flops["float32"]) / (2 * weights)
+    return Speed(tokens_per_second=1 / seconds, calibrated=known is not None, prefill_tokens_per_second=prefill)
 
 
 def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | None:
@@ -354,7 +371,19 @@ def _measure() -> Calibration:
         convert_bytes_per_s=_rate(wide.size_bytes("float32"), converting),
         quantized_seconds=_TYPICAL.quantized_seconds | {m: found.call_seconds for m, found in quantized.items()},
         quantize_weights_per_s=_TYPICAL.quantize_weights_per_s | {m: f.weights_per_s for m, f in quantized.items()},
+        flops_per_s={dtype: _flops_per_s(getattr(torch, dtype)) for dtype in ("bfloat16", "float32")},
     )
+
+
+def _flops_per_s(dtype: Any) -> float:
+    """Multiply 256 tokens by a matrix as large as those of a small model."""
+    import torch
+
+    rows, columns, tokens = 1536, 1536, 256
+    x, weight = torch.ones((tokens, columns), dtype=dtype), torch.ones((rows, columns), dtype=dtype)
+    torch.nn.functional.linear(x, weight)
+    seconds = _quick([_timed(lambda: torch.nn.functional.linear(x, weight)) for _ in range(12)])
+    return 2.0 * rows * columns * tokens / seconds
 
 
 def _bitsandbytes() -> dict[str, Int8 | FourBit]:
@@ -389,7 +418,8 @@ def _quantized(precision: Int8 | FourBit) -> _Quantized:
     weights_per_s = 0.0
     for out, into in ((64, 64), (1024, 1024), (8192, 4096)):
         made, x = layer(out, into), torch.ones((1, into), dtype=torch.bfloat16)
-        weights_per_s = out * into / _timed(lambda made=made: made.to("cpu"))  # of the last, the largest
+        with fast_quantization():
+            weights_per_s = out * into / _timed(lambda made=made: made.to("cpu"))  # of the last, the largest
         made(x)
         calls.append(_quick([_timed(lambda made=made, x=x: made(x)) for _ in range(12)]))
         sizes.append(precision.quantized_bytes((out, into)))

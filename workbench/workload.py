@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+CACHES = ("dynamic", "static", "quantized", "offloaded")
+
+
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -25,10 +28,14 @@ class Workload:
     Attributes:
         context_length: Tokens of prompt and answer together, for each sequence.
         batch_size: Sequences at a time.
+        cache: ``"dynamic"`` grows with each token; ``"static"`` is as large from the beginning as it will be;
+            ``"quantized"`` takes a byte for each number (fp8), and time; ``"offloaded"`` waits on the CPU while a GPU
+            computes.
     """
 
     context_length: int = 2048
     batch_size: int = 1
+    cache: str = "dynamic"
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -40,6 +47,27 @@ class Workload:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is a whole number of at least 1, not {value!r}.")
+        if self.cache not in CACHES:
+            raise ValueError(f"cache is one of {', '.join(map(repr, CACHES))}, not {self.cache!r}.")
+
+    def cache_refused_because(self, config: Any, *, gpu: bool) -> str | None:
+        """Why ``transformers`` cannot keep this kind of cache, as a sentence that says what to take; None if it can.
+
+        Args:
+            config: The model's config.
+            gpu: Whether layers run on a GPU.
+        """
+        if self.cache == "offloaded" and not gpu:
+            return "An offloaded cache waits on the CPU for a GPU, and no layer runs on one: take cache='dynamic'."
+        if self.cache in ("quantized", "offloaded") and config.is_encoder_decoder:
+            return f"An encoder-decoder has no {self.cache} cache: take cache='dynamic'."
+        if self.cache == "quantized":
+            from transformers.cache_utils import get_layer_types_and_kwargs
+
+            kinds = set(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]) - {"full_attention"}
+            if kinds:
+                return f"No quantized cache is made for {', '.join(sorted(kinds))}: take cache='dynamic'."
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +132,11 @@ class Cost:
         kept: For each decoder layer what it keeps after the prefill of a prompt beyond its share of the cache: a
             sliding window's layer is a view of the whole prompt's until the next token. Empty if no layer does.
         decode: For each block the peak of live activations while it runs in the step that makes the last token.
+        element_bytes: Of one number in the cache.
     """
 
     cache: tuple[tuple[int, float, int | None], ...]
+    element_bytes: int = 2
     is_exact: bool = True
     prefill: tuple[tuple[str, Curve], ...] = ()
     kept: tuple[tuple[str, Curve], ...] = ()
@@ -116,7 +146,9 @@ class Cost:
         """KV cache bytes for each cache layer when the context is full."""
         tokens, batch = workload.context_length, workload.batch_size
         full = ((round(offset + slope * tokens), ceiling) for offset, slope, ceiling in self.cache)
-        return tuple(batch * (size if ceiling is None else min(size, ceiling)) for size, ceiling in full)
+        sizes = (batch * (size if ceiling is None else min(size, ceiling)) for size, ceiling in full)
+        shrunk = self.element_bytes if workload.cache == "quantized" else 1
+        return tuple(size // shrunk for size in sizes)
 
     def cache_by_block(self, workload: Workload, decoder_blocks: Sequence[str]) -> dict[str, int]:
         """The same for each decoder layer; a cache that is not cut by layers is spread over them evenly."""
@@ -129,7 +161,7 @@ class Cost:
     def activation_bytes(self, workload: Workload) -> dict[str, int]:
         """Estimated peak of live activations in bytes while each block runs, for a prompt that fills the context."""
         peaks = _at(self.prefill, workload)
-        for name, step in _at(self.decode, workload).items():
+        for name, step in self.decode_bytes(workload).items():
             peaks[name] = max(peaks[name], step)
         return peaks
 
@@ -142,13 +174,19 @@ class Cost:
 
     def decode_bytes(self, workload: Workload) -> dict[str, int]:
         """Estimated peak of live activations in bytes while each block runs for one more token at a full context."""
-        return _at(self.decode, workload)
+        peaks = _at(self.decode, workload)
+        if workload.cache == "quantized" and self.cache:
+            # A layer's keys are there in the model's dtype, and its values twice in float32, when it reads them.
+            whole = max(self.cache_bytes(workload)) * self.element_bytes
+            peaks = {name: size + whole // 2 + 4 * whole // self.element_bytes for name, size in peaks.items()}
+        return peaks
 
     def scaled(self, factor: int) -> Cost:
         """The same model in a dtype with ``factor`` times as many bytes an element."""
         return replace(
             self,
             cache=tuple((factor * o, factor * s, None if c is None else factor * c) for o, s, c in self.cache),
+            element_bytes=factor * self.element_bytes,
             prefill=_scaled(self.prefill, factor),
             kept=_scaled(self.kept, factor),
             decode=_scaled(self.decode, factor),
@@ -191,7 +229,9 @@ def measure_cost(
     longest = min(context_length or _LONGEST, _LONGEST)
     with Rehearsal(module, block_names, decoder_blocks, seconds=_MOST_SECONDS) as rehearsal:
         runs = _climb(rehearsal, longest)
-    return _fit(runs, _widest_window(module, longest)) if len(runs) > 1 else None
+    if len(runs) < 2:
+        return None
+    return replace(_fit(runs, _widest_window(module, longest)), element_bytes=module.dtype.itemsize)
 
 
 def _climb(rehearsal: Rehearsal, longest: int) -> list[Run]:

@@ -41,7 +41,7 @@ class CodePanel:
         self._said = html("wb-note")
         self.box = w.VBox([self.view, self.upload, self._said, problem_line(state, "code")])
         self.upload.observe(self._take, "value")
-        state.observe(self.refresh, ["recipe", "placement"])
+        state.observe(self.refresh, ["recipe", "placement", "generation"])
 
     def refresh(self, _: object = None) -> None:
         """Write the code anew, if anyone is looking."""
@@ -50,7 +50,7 @@ class CodePanel:
             return
         placement = state.placement if state.is_current else None
         try:
-            code = state.recipe.to_python(placement)
+            code = state.recipe.to_python(placement, state.generation)
         except ValueError as error:
             code = f"# {error}"
         if (code, state.recipe.to_json()) != (self.view.code, self.view.recipe_json):

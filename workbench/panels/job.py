@@ -44,22 +44,32 @@ class Job:
         self._state, self._panel, self._cancelled = state, panel, cancelled
         self._told: tuple[float, str] = (0.0, "")  # when progress was last shown, and of which stage
         self.cancel = threading.Event()
+        self.doing = ""  # the last step, in words
         self.running: Future[None] | None = None
         bar = w.IntProgress(min=0, max=_STEPS, tooltip=tip)
         self.bar: Any = classed(bar, "wb-progress", f"wb-{panel}-progress")
         self.text: Any = html("wb-note", f"wb-{panel}-text")
 
-    def start(self, work: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> None:
+    def start(
+        self,
+        work: Callable[[], None],
+        prepare: Callable[[], None] = lambda: None,
+        *,
+        beside: bool = False,
+        failed: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
         """Work for the activity that has been begun; it ends with the work, also if that cannot even start.
 
         Args:
             work: Done in the worker's thread.
             prepare: Done here, before.
+            beside: Leave loaded models where they are.
+            failed: Told of an error, before it is shown.
         """
         try:
-            self.cancel = threading.Event()
+            self.cancel, self.doing = threading.Event(), ""
             prepare()
-            self.running = worker().submit(self._run, work)
+            self.running = worker().submit(self._run, work, failed, beside=beside)
         except BaseException:
             self._state.end()
             raise
@@ -70,12 +80,11 @@ class Job:
         if self.running is not None:
             self.running.exception()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], failed: Callable[[Exception], None], *, beside: bool) -> None:
         state = self._state
         try:
             self.say("Starting ...", 0.0)
-            before = state.session
-            if before is not None:
+            while not beside and (before := state.session) is not None:
                 state.hold(None)
                 before.unload()
             work()
@@ -84,6 +93,7 @@ class Job:
             self.say(self._cancelled, 0.0)
         except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
             self.say("", 0.0)
+            failed(error)
             state.report(self._panel, as_sentence(error))
         finally:
             state.end()
@@ -94,7 +104,7 @@ class Job:
         minor = progress.stage == stage and progress.done != progress.total and now - told_at < _APART_SECONDS
         if minor or self.cancel.is_set():
             return
-        self._told = now, progress.stage
+        self._told, self.doing = (now, progress.stage), progress.text
         self.say(progress.text, progress.done / progress.total if progress.total else None)
 
     def say(self, text: str, share: float | None) -> None:

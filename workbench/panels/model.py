@@ -9,6 +9,7 @@ import ipywidgets as w
 
 from workbench.hardware import format_bytes
 from workbench.model import DEMO, ModelRef
+from workbench.panels.gptq import FilesControls, KernelControls
 from workbench.panels.look import classed, count, html, panel, problem_line
 
 if TYPE_CHECKING:
@@ -40,12 +41,18 @@ class ModelPanel:
             "wb-wide",
         )
         self._facts = html("wb-note", "wb-model-facts")
-        self.box = panel("Model", [self.name, problem_line(state, "model"), self._facts])
+        self._kernel = KernelControls(state)
+        files = FilesControls(state, self.name)
+        self.box = panel("Model", [self.name, problem_line(state, "model"), self._facts, self._kernel.box, files.box])
         state.observe(self._show_name, "recipe")
         state.observe(self._show_facts, "skeleton")
         self.name.observe(self._pick, "value")
         self._show_name()
         self._show_facts()
+
+    def close(self) -> None:
+        """End the background thread."""
+        self._kernel.close()
 
     def _show_name(self, _: object = None) -> None:
         # A name that was refused stays in the field, to be mended; the sentence below says that it is not used.

@@ -8,8 +8,9 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from traitlets import Dict, HasTraits, Instance, Unicode
+from traitlets import Dict, HasTraits, Instance, Tuple, Unicode
 
+from workbench.generation import GenerationOptions
 from workbench.hardware import Device, DeviceId, Machine, parse_bytes
 from workbench.placement import Placement, place
 from workbench.precision import GPTQ, FullPrecision
@@ -54,7 +55,9 @@ class State(HasTraits):
     skeleton = Instance(Skeleton, allow_none=True, read_only=True)
     placement = Instance(Placement, allow_none=True, read_only=True)
     pinned = Instance(Placement, allow_none=True, read_only=True)  # what others are compared with
-    session = Instance(Session, allow_none=True, read_only=True)
+    session = Instance(Session, allow_none=True, read_only=True)  # the one that is talked to
+    sessions = Tuple(read_only=True)  # all that are loaded, that one among them
+    generation = Instance(GenerationOptions, args=(), read_only=True)  # how its answers are made
     doing = Unicode(read_only=True)  # what the planner is at, in words; empty when the answer is complete
     activity = Unicode(read_only=True)  # "loading", "unloading", "generating" or "": at most one at a time
     problems = Dict(read_only=True)  # panel -> the sentence that it shows
@@ -163,9 +166,25 @@ class State(HasTraits):
             self.set_trait("activity", "")
 
     def hold(self, session: Session | None) -> None:
-        """Make a loaded model the one that is talked to; None for none."""
+        """Make a loaded model the one that is talked to; None lets go of the one that was, for one that is left."""
+        with self.lock, self.hold_trait_notifications():
+            others = tuple(s for s in self.sessions if s is not (self.session if session is None else session))
+            held = others if session is None else (*others, session)
+            self.set_trait("sessions", held)
+            self.set_trait("session", held[-1] if held else None)
+
+    def forget(self, session: Session) -> None:
+        """Let go of a loaded model that is not talked to."""
+        with self.lock, self.hold_trait_notifications():
+            if session is self.session:
+                self.hold(None)
+            else:
+                self.set_trait("sessions", tuple(s for s in self.sessions if s is not session))
+
+    def choose(self, generation: GenerationOptions) -> None:
+        """Say how answers are made."""
         with self.lock:
-            self.set_trait("session", session)
+            self.set_trait("generation", generation)
 
     def pin(self, placement: Placement | None) -> None:
         """Keep the present placement to compare others with; None lets it go."""
