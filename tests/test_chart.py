@@ -29,10 +29,10 @@ def device(name: int | str, total_gib: int = 8) -> Device:
     return Device(
         id=name,
         name="memory",
-        total_bytes=total_gib * GIB,
-        free_bytes=total_gib * GIB,
-        reserved_bytes=0,
-        reserved_for="nothing",
+        total_bytes=(total_gib + 1) * GIB,
+        free_bytes=(total_gib + 1) * GIB,
+        reserved_bytes=GIB,
+        reserved_for="allocator slack",
         bandwidth_bytes_per_s=None,
         source="made up",
     )
@@ -82,10 +82,12 @@ def test_a_bar_stacks_what_a_device_holds_up_to_what_it_has() -> None:
         "weights": 5 * GIB // 2,
         "KV cache": GIB // 2,
         "activations (est.)": 10,
-        "reserved": GIB // 4,
+        "room to fetch layers": GIB // 4,
         "free": 8 * GIB - 5 * GIB // 2 - GIB // 2 - 10 - GIB // 4,
+        "kept back": GIB,
     }
-    assert (gpu.width_bytes, gpu.limit_bytes) == (8 * GIB, 4 * GIB)
+    assert gpu.kept_for == "allocator slack"
+    assert (gpu.width_bytes, gpu.limit_bytes) == (9 * GIB, 4 * GIB)
     assert gpu.text == "<b>cuda:0</b> 3.3 GiB of 8.0 GiB · limit for weights 4.0 GiB"
     assert cpu.label == "cpu"
 
@@ -100,7 +102,7 @@ def test_a_bar_that_is_overfull_shrinks_its_limit_and_has_nothing_free() -> None
     full = placement()
     over = dataclasses.replace(full.memory[0], weight_bytes=10 * GIB)
     gpu, _ = chart_spec(dataclasses.replace(full, memory={**full.memory, 0: over})).bars
-    assert gpu.part_bytes[-1] == 0
+    assert gpu.part_bytes[-2:] == (0, GIB)
     assert gpu.width_bytes == sum(gpu.part_bytes) > gpu.capacity_bytes > gpu.limit_bytes
 
 

@@ -227,7 +227,8 @@ def test_kinds_are_shown_on_demand(bench: wb.Workbench) -> None:
     assert {trace.name for trace in chart.figure.data if trace.visible is not False} == seen
 
 
-def test_a_pinned_placement_stands_behind_and_in_a_table(bench: wb.Workbench) -> None:
+def test_a_pinned_placement_stands_behind_and_in_a_table(bench: wb.Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("workbench.panels.compare.read_skeleton")  # no model is read anew when something moves
     click(find(bench, "wb-pin"))
     assert "nothing differs" in find(bench, "wb-pinned").value
     tell(bench, move=["model.layers.0"], device="cpu")
@@ -256,3 +257,27 @@ def test_a_machine_of_ones_own_is_planned_for_and_found_again(bench: wb.Workbenc
     assert bench.machine.device(2).total_bytes == 10 * GIB
     choose(find(bench, "wb-machine"), "box")
     assert bench.machine is BOX
+
+
+def test_a_page_whose_figure_is_not_what_it_should_be_gets_it_anew(
+    bench: wb.Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chart = bench._preview.chart
+    assert chart is not None
+    sent: list[Any] = []
+    monkeypatch.setattr(chart.figure, "send_state", sent.append)
+    holder, seen = find(bench, "wb-chart"), []
+    holder.observe(lambda change: seen.append(len(change["new"])), "children")
+    tell(bench, stale=True)
+    assert sent == [["_widget_data", "_widget_layout"]]
+    assert seen == [1, 2]
+    assert find(bench, "wb-touch").picture["texts"] == [bar.text for bar in bench._preview._spec(bench.placement).bars]
+
+
+def test_where_there_are_no_widgets_the_same_facts_stand_still(bench: wb.Workbench) -> None:
+    assert bench.placement is not None
+    bundle = bench._repr_mimebundle_()
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == bench.model_id
+    assert bundle["text/plain"].endswith(bench.placement.summary)
+    assert bench.placement._repr_html_() in bundle["text/html"]
+    assert "still picture" in bundle["text/html"]

@@ -28,7 +28,8 @@ class AdviceList:
         self.buttons: list[w.Button] = []
         self._rows: list[w.Box] = []
         self._advice: tuple[Advice, ...] = ()
-        self.box = classed(w.VBox([]), "wb-advice")
+        self._nothing = html("wb-note", value="Advice appears here where there is any.")
+        self.box = classed(w.VBox([self._nothing]), "wb-advice")
         state.observe(self._show, "placement")
         self._show()
 
@@ -38,6 +39,7 @@ class AdviceList:
         if placement is None or placement.advice is None:
             return
         self._advice = placement.advice
+        visible(self._nothing, when=not self._advice)
         while len(self._rows) < len(self._advice):
             self._add_row()
         for index, row in enumerate(self._rows):
@@ -59,7 +61,7 @@ class AdviceList:
         self._texts.append(text)
         self.buttons.append(button)
         self._rows.append(classed(w.HBox([button, text]), "wb-advice-row"))
-        self.box.children = tuple(self._rows)
+        self.box.children = (self._nothing, *self._rows)
 
     def _apply(self, index: int) -> None:
         with self._state.lock:

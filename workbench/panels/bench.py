@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
@@ -11,12 +11,13 @@ from workbench.model import refuses_unknown
 from workbench.panels.code import CodePanel
 from workbench.panels.compare import ComparePanel
 from workbench.panels.devices import DevicesPanel
+from workbench.panels.generate import GeneratePanel
 from workbench.panels.look import STYLE, classed, html, whole_tree
 from workbench.panels.model import ModelPanel
 from workbench.panels.precision import PrecisionPanel, WorkloadPanel
 from workbench.panels.preview import PreviewPanel
 from workbench.panels.quantize import QuantizePanel
-from workbench.panels.run import GeneratePanel, LoadPanel
+from workbench.panels.run import LoadPanel
 from workbench.panels.state import State
 from workbench.panels.tree import TreePanel
 from workbench.panels.what_if import WhatIfPanel
@@ -26,6 +27,11 @@ from workbench.session import Session
 if TYPE_CHECKING:
     from workbench.placement import Placement
 
+_LIVE = (
+    "This is a still picture: the live workbench needs Jupyter's widgets. JupyterLab, Notebook 7, VS Code and Voila "
+    "show it when the cell is run; in Colab, first run <code>from google.colab import output; "
+    "output.enable_custom_widget_manager()</code>. <code>bench.placement</code> says the same as a table."
+)
 _TABS = ("Load", "Generate", "Quantize", "Layers", "What if", "Compare", "Code")
 
 
@@ -51,7 +57,7 @@ class Workbench(w.VBox):
         self._preview = PreviewPanel(state)
         self._load = LoadPanel(state)
         self._generate = GeneratePanel(state)
-        self._quantize = QuantizePanel(state, self._preview.page)
+        self._quantize = QuantizePanel(state, self._preview.page, in_view=lambda: self._sees("Quantize"))
         self._tabs = classed(w.Tab(), "wb-tabs")
         self._code = CodePanel(state, in_view=lambda: self._sees("Code"))
         self._layers = TreePanel(state, in_view=lambda: self._sees("Layers"))
@@ -69,11 +75,12 @@ class Workbench(w.VBox):
         for index, name in enumerate(_TABS):
             self._tabs.set_title(index, name)
         self._tabs.selected_index = 0
-        for each in (self._code, self._layers, self._what_if):
+        for each in (self._quantize, self._code, self._layers, self._what_if):
             self._tabs.observe(each.refresh, "selected_index")
         self._devices = DevicesPanel(state)
         self._precision = PrecisionPanel(state)
-        chosen = [ModelPanel(state).box, self._devices.box, self._precision.box, WorkloadPanel(state).box]
+        self._model = ModelPanel(state)
+        chosen = [self._model.box, self._devices.box, self._precision.box, WorkloadPanel(state).box]
         left = classed(w.VBox(chosen), "wb-column", "wb-left")
         right = classed(w.VBox([self._preview.box, self._tabs]), "wb-column", "wb-right")
         columns = classed(w.Box([left, right]), "wb-columns")
@@ -138,6 +145,16 @@ class Workbench(w.VBox):
             raise ValueError(f"A session is what wb.load(...) returns, not {type(session).__name__}.")
         self._state.hold(session)
 
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """The live widget, and for where there can be none (GitHub, an export) the same facts standing still."""
+        bundle: dict[str, Any] = super()._repr_mimebundle_(**options)
+        placement: Placement | None = self._state.placement
+        said = "not placed yet" if placement is None else placement.summary
+        bundle["text/plain"] = f"Workbench for {self.recipe.model} on {self.machine.name}: {said}"
+        still = "" if placement is None else placement._repr_html_()
+        bundle["text/html"] = f"<p>{_LIVE}</p>{still}"
+        return bundle
+
     def close(self) -> None:
         """Stop what is going on, end the background threads, and take every part off the page.
 
@@ -146,6 +163,7 @@ class Workbench(w.VBox):
         if self.comm is None:
             return
         self._generate.close()
+        self._model.close()
         self._load.close()
         self._quantize.close()
         self._comparison.close()

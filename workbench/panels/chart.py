@@ -58,13 +58,14 @@ class Chart:
         # The mouse over the layers is the overlay's, which tells the keyboard's user the same.
         below = {"xaxis": "x2", "yaxis": "y2", "hoverinfo": "skip"}
         hatched = {"fillmode": "overlay", "size": 7, "solidity": 0.18, "fgopacity": 0.45}
-        layers = go.Bar(name="layers", marker={"line": {"width": 0}, "pattern": hatched}, **below)
+        outline = {"width": 0.7, "color": "#808080"}  # 3.9 to 1 on white and 4.1 on dark, for yellow and light blue
+        layers = go.Bar(name="layers", marker={"line": outline, "pattern": hatched}, **below)
         pinned = go.Bar(
             name="pinned", visible=False, marker={"color": "rgba(0,0,0,0)", "line": {"width": 1.2}}, **below
         )
         kinds = [
             go.Bar(
-                name=kind, visible=False, marker={"color": colour, "line": {"width": 0}, "pattern": hatched}, **below
+                name=kind, visible=False, marker={"color": colour, "line": outline, "pattern": hatched}, **below
             )
             for kind, (colour, _) in MODULE_KINDS.items()
         ]  # fmt: skip
@@ -136,7 +137,11 @@ class Chart:
             trace = self.figure.data[index]
             shares = [bar.part_bytes[index] / bar.width_bytes for bar in spec.bars]
             trace.x, trace.base = shares, left
-            trace.hovertext = [f"<b>{bar.label}</b> {kind}: {both(bar.part_bytes[index])}" for bar in spec.bars]
+            trace.hovertext = [
+                f"<b>{bar.label}</b> {kind}: {both(bar.part_bytes[index])}"
+                + (f", for {bar.kept_for}" if kind == "kept back" else "")
+                for bar in spec.bars
+            ]
             left = [a + b for a, b in zip(left, shares, strict=True)]
         limits, texts = self.figure.data[len(KINDS) : len(KINDS) + 2]
         limits.x = [bar.limit_bytes / bar.width_bytes for bar in spec.bars]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SWEEP_POINTS = 25
 _MOST_TOKENS = 1 << 17  # shown where a model names no limit
-_WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 200, 52, 56, 18, 36
+_WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 206, 56, 68, 18, 42
 _LABEL_PX = 13
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
@@ -236,7 +236,10 @@ def growth_svg(growth: Growth) -> str:
         lowest = max(place + 4, lowest + _LABEL_PX)
         parts.append(_text(_WIDE - _RIGHT + 4, lowest, label))
     named = growth.tokens[:: max(1, math.ceil(len(growth.tokens) / 6))]
-    parts += [_text(x(tokens), _HIGH - _BOTTOM + 14, _short_count(tokens), "middle") for tokens in named]
+    parts += [
+        _text(x(tokens), _HIGH - _BOTTOM + 16, _short_count(tokens), "middle" if tokens > named[0] else "start")
+        for tokens in named
+    ]
     if 0 < growth.longest < growth.tokens[-1]:
         at = x(growth.longest)
         parts.append(_line([(at, _TOP), (at, _HIGH - _BOTTOM)], "wb-svg-mark"))
@@ -277,9 +280,9 @@ def sweep_svg(sweep: Sweep) -> str:
     parts.append(_text(_LEFT - 4, _TOP - 4, "tok/s", "end"))
     parts.append(_text(_WIDE - _RIGHT + 4, _up(1) + 4, "100 %"))
     parts.append(_text(_WIDE - _RIGHT + 4, _up(0) + 4, "0 %"))
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for share in (0.0, 0.5, 1.0):
         anchor = "middle" if 0 < share < 1 else "start" if share == 0 else "end"
-        parts.append(_text(_across(share), _HIGH - _BOTTOM + 14, format_bytes(round(top * share)), anchor))
+        parts.append(_text(_across(share), _HIGH - _BOTTOM + 16, format_bytes(round(top * share)), anchor))
     now = sweep.points[sweep.now]
     parts.append(_line([(x(now.budget_bytes), _TOP), (x(now.budget_bytes), _HIGH - _BOTTOM)], "wb-svg-now"))
     if now.tokens_per_second is not None:

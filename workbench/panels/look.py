@@ -118,6 +118,7 @@ class CodeView(anywidget.AnyWidget):
       const text = document.createElement("pre");
       text.className = "wb-code-text";
       text.tabIndex = 0;
+      text.setAttribute("role", "region");
       text.setAttribute("aria-label", "Python code");
       const button = (label, title, name) => {
         const made = document.createElement("button");
@@ -177,6 +178,12 @@ def text_field(label: str, name: str, example: str, tip: str) -> Any:
     """A line of text with a label, an example in it while it is empty, and a tooltip."""
     field = w.Text(description=label, placeholder=example, tooltip=tip, continuous_update=False)
     return classed(field, name, "wb-wide")
+
+
+def button(label: str, name: str, tip: str, style: str = "") -> Any:
+    """A button as wide as its label, with a tooltip; ``style`` is "primary" for the one that is meant to be pressed."""
+    made = w.Button(description=label, tooltip=tip, button_style=style, layout=w.Layout(width="auto"))
+    return classed(made, name)
 
 
 def panel(title: str, children: Iterable[Any], *names: str) -> Any:

@@ -156,7 +156,8 @@ class History:
             self.undone.clear()
             return
         names, now = _changed(before, after), time.monotonic()
-        goes_on = len(names) == 1 and names == self._last[0] and now - self._last[1] < _SAME_GESTURE_SECONDS
+        dragged = names in (("max_memory",), ("precision",), ("workload",))
+        goes_on = dragged and names == self._last[0] and now - self._last[1] < _SAME_GESTURE_SECONDS
         self._last = (names, now)
         self.undone.clear()
         if not goes_on or not self.done:

@@ -27,17 +27,25 @@ _NO_ROOM_COLOUR, _NO_ROOM_PATTERN = "#D55E00", "x"
 NO_ROOM = "no room"
 
 # What fills a bar, in the order in which it is stacked, and the hatching that tells it apart without colour.
-KINDS = (("weights", ""), ("KV cache", "/"), ("activations (est.)", "x"), ("reserved", "."), ("free", ""))
+KINDS = (
+    ("weights", ""),
+    ("KV cache", "/"),
+    ("activations (est.)", "x"),
+    ("room to fetch layers", "."),
+    ("free", ""),
+    ("kept back", "-"),
+)
+FREE = [kind for kind, _ in KINDS].index("free")
 _FREE_ALPHA, _PART_ALPHA = 0.16, 0.4
 
-# What a layer is made of, in the order in which it is stacked: colour and hatching (Tol's muted colours).
+# What a layer is made of, in the order in which it is stacked: colour and hatching (after Tol's muted colours).
 MODULE_KINDS = {
     "embedding": ("#DDCC77", ""),
     "attention": ("#88CCEE", "/"),
     "MLP": ("#CC6677", ""),
     "experts": ("#AA4499", "\\"),
-    "norm": ("#332288", ""),
-    "head": ("#117733", "-"),
+    "norm": ("#8877CC", ""),
+    "head": ("#228833", "-"),
     "other": ("#999999", "."),
 }
 
@@ -54,6 +62,7 @@ class Bar:
         label: "cuda:0", "cpu", ...
         colour: The device's own, "#rrggbb".
         part_bytes: One for each of ``KINDS``; what is unknown counts as 0 here and is said in ``text``.
+        kept_for: What the last of them is for.
         limit_bytes: The budget, which bounds the weights.
         capacity_bytes: What the device has to give, which bounds everything together.
         measured_bytes: Weights that are really there, once this is loaded; else None.
@@ -64,6 +73,7 @@ class Bar:
     label: str
     colour: str
     part_bytes: tuple[int, ...]
+    kept_for: str
     limit_bytes: int
     capacity_bytes: int
     measured_bytes: int | None
@@ -72,8 +82,8 @@ class Bar:
 
     @property
     def width_bytes(self) -> int:
-        """What the whole width stands for: what the device has, or what is asked of it if that is more."""
-        asked = max(self.capacity_bytes, self.limit_bytes, sum(self.part_bytes), 1)
+        """What the whole width stands for: what is free on the device, or what is asked of it if that is more."""
+        asked = max(self.limit_bytes, sum(self.part_bytes), 1)
         return max(asked, self.pinned_bytes or 0, self.measured_bytes or 0)
 
 
@@ -267,10 +277,12 @@ def _bar(
         told = f"{off:+,} bytes" if off else "as foretold"
         text += f" · {told}" if brief else f" · weights measured {format_bytes(found)} ({told})"
     before = None if pinned is None else pinned.memory.get(device)
+    whole = placement.machine.device(device)
     return Bar(
         label=device_label(device),
         colour=device_colour(device),
-        part_bytes=(*known, max(0, memory.free_bytes)),
+        part_bytes=(*known, max(0, memory.free_bytes), min(whole.reserved_bytes, whole.free_bytes)),
+        kept_for=whole.reserved_for,
         limit_bytes=memory.limit_bytes,
         capacity_bytes=memory.capacity_bytes,
         measured_bytes=found,
@@ -445,7 +457,7 @@ def layers_top_px(rows: int) -> int:
 
 def alpha(kind: str) -> float:
     """How opaque a part of a bar is."""
-    return {"weights": 1.0, "free": _FREE_ALPHA}.get(kind, _PART_ALPHA)
+    return {"weights": 1.0, "free": _FREE_ALPHA, "kept back": _FREE_ALPHA}.get(kind, _PART_ALPHA)
 
 
 def overlay(spec: ChartSpec, steps_gib: Mapping[str, tuple[float, float]]) -> dict[str, object]:
@@ -476,7 +488,7 @@ def overlay(spec: ChartSpec, steps_gib: Mapping[str, tuple[float, float]]) -> di
                 "step_gib": steps_gib[bar.label][1],
                 "pinned": None if bar.pinned_bytes is None else bar.pinned_bytes / bar.width_bytes,
                 "measured": None if bar.measured_bytes is None else bar.measured_bytes / bar.width_bytes,
-                "free": format_bytes(bar.part_bytes[-1]),
+                "free": format_bytes(bar.part_bytes[FREE]),
             }
             for row, bar in enumerate(spec.bars)
         ],

@@ -229,6 +229,7 @@ _HATCHES = {
     "/": "background:repeating-linear-gradient(135deg,var(--wb-soft) 0 2px,transparent 2px 5px)",
     "x": "background:repeating-linear-gradient(45deg,var(--wb-soft) 0 1px,transparent 1px 4px),"
     "repeating-linear-gradient(135deg,var(--wb-soft) 0 1px,transparent 1px 4px)",
+    "-": "background:repeating-linear-gradient(0deg,var(--wb-soft) 0 1px,transparent 1px 4px)",
     ".": "background:radial-gradient(var(--wb-soft) 1px,transparent 1.5px) 0 0/4px 4px",
 }
 

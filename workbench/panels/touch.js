@@ -30,7 +30,7 @@ export default {
     const tip = make("div", "wb-tip", el, { role: "tooltip" });
     const menu = make("div", "wb-menu", el, { role: "menu", "aria-label": "Move to", tabindex: "-1" });
     const said = make("div", "wb-said", el, { role: "status", "aria-live": "polite" });
-    tip.hidden = menu.hidden = true;
+    tip.hidden = menu.hidden = shade.hidden = true;
 
     let picture = model.get("picture");
     let from = -1, to = -1; // what is selected, from where it was begun to where it ends
@@ -353,7 +353,7 @@ export default {
         const shown = plot?.data?.find((trace) => trace.name === "text")?.text;
         if (plot && JSON.stringify(Array.from(shown ?? [])) !== JSON.stringify(picture.texts)) model.send({ stale: true });
         else if (!plot && times) lookAfter(times - 1);
-      }, 1500);
+      }, 3000);
     };
     const draw = () => {
       picture = model.get("picture");
