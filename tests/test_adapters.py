@@ -102,10 +102,9 @@ def test_loaded_switched_and_removed(name: str, tiny_llama: Path, adapter: Path,
     assert not any("lora" in key for key, _ in session.model.named_modules())
 
 
-@pytest.mark.parametrize(("name", "most"), [("full", 0.02), ("int8", 0.05), ("nf4", 0.25)])
-def test_merged_and_saved(
-    name: str, most: float, tiny_llama: Path, adapter: Path, tmp_path: Path, load: Any
-) -> None:
+@pytest.mark.parametrize("kind", [("full", 0.02), ("int8", 0.05), ("nf4", 0.25)])
+def test_merged_and_saved(kind: tuple[str, float], tiny_llama: Path, adapter: Path, tmp_path: Path, load: Any) -> None:
+    name, most = kind
     session = load(tiny_llama, precision=BASES[name])
     base = logits(session)
     session.adapters.load(adapter)
@@ -122,9 +121,7 @@ def test_merged_and_saved(
     assert torch.equal(logits(again), merged)
 
 
-def test_in_the_preview_and_in_the_exported_program(
-    tiny_llama: Path, adapter: Path, load: Any, tmp_path: Path
-) -> None:
+def test_in_the_preview_and_in_the_exported_program(tiny_llama: Path, adapter: Path, load: Any, tmp_path: Path) -> None:
     recipe = wb.Recipe(model=str(tiny_llama), workload=SMALL, precision=wb.FourBit())
     chosen = recipe.with_(adapters=(str(adapter),))
     assert wb.Recipe.from_json(chosen.to_json()) == chosen
@@ -146,7 +143,10 @@ def test_in_the_preview_and_in_the_exported_program(
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     ids = session.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        assert (name, float(norm)) == ("french", pytest.approx(float(session.model(ids).logits.float().norm()), rel=1e-3))
+        assert (name, float(norm)) == (
+            "french",
+            pytest.approx(float(session.model(ids).logits.float().norm()), rel=1e-3),
+        )
 
 
 def test_on_a_gptq_base(tiny_llama: Path, adapter: Path, tmp_path: Path, load: Any) -> None:
@@ -171,7 +171,7 @@ def test_another_base_is_refused_with_both_names(adapter: Path, tiny_model: Any)
     note = base_note(read_adapter(adapter), wb.read_skeleton(str(other)))
     assert note == "The adapter french was trained on tiny-llama; it fits llama, but what it learnt may not."
     other = tiny_model("llama-tied")
-    with pytest.raises(ValueError, match=r"was trained on tiny-llama, and this model is llama-tied: .*200 x 64 in it, not"):
+    with pytest.raises(ValueError, match=r"on tiny-llama, and this model is llama-tied: .*200 x 64 in it, not"):
         wb.place(wb.Recipe(model=str(other), adapters=(str(adapter),), workload=SMALL))
     with pytest.raises(ValueError, match=r"and this model is gpt2: model.layers.0.* is no linear module of it"):
         wb.place(wb.Recipe(model=str(tiny_model("gpt2")), adapters=(str(adapter),), workload=SMALL))
@@ -227,8 +227,14 @@ def test_bad_input(tiny_llama: Path, adapter: Path, load: Any, tmp_path: Path) -
         (lambda: session.train_adapter(TEXTS, steps=True), "steps is a whole number"),
         (lambda: session.train_adapter(TEXTS, learning_rate=-1), "learning_rate is a number above 0"),
         (lambda: session.train_adapter(TEXTS, dropout=1), "dropout is a number from 0 to below 1"),
-        (lambda: session.train_adapter(TEXTS, layers=(2,)), r"layers are numbers of decoder layers, 0 to 1, not \(2,\)"),
-        (lambda: session.train_adapter(TEXTS, target_modules=("q_prj",)), "no linear module 'q_prj' .*close are 'q_proj'"),
+        (
+            lambda: session.train_adapter(TEXTS, layers=(2,)),
+            r"layers are numbers of decoder layers, 0 to 1, not \(2,\)",
+        ),
+        (
+            lambda: session.train_adapter(TEXTS, target_modules=("q_prj",)),
+            "no linear module 'q_prj' .*close are 'q_proj'",
+        ),
         (lambda: session.train_adapter(TEXTS, max_length=2), "Nothing is left to learn of .*: raise max_length"),
         (lambda: session.train_adapter(TEXTS, folder=adapter), "french exists: name a new folder, or say overwrite"),
         (lambda: session.train_adapter(TEXTS, batch_size=10**5), "Training takes .* cpu has .*gradient_checkpointing"),
@@ -361,16 +367,39 @@ def test_examples_and_batches(tiny_llama: Path) -> None:
     assert order[:10] != order[10:]
 
 
-CAPITALS = (
-    "France Paris Italy Rome Spain Madrid Germany Berlin Austria Vienna Greece Athens Egypt Cairo Japan Tokyo "
-    "China Beijing Russia Moscow Poland Warsaw Hungary Budapest Portugal Lisbon Ireland Dublin Norway Oslo "
-    "Sweden Stockholm Finland Helsinki Denmark Copenhagen Belgium Brussels Cuba Havana Peru Lima Chile Santiago "
-    "Kenya Nairobi Turkey Ankara Iraq Baghdad Iran Tehran India Delhi Thailand Bangkok Canada Ottawa Ukraine Kiev"
-).split()
-PAIRS = [
-    (f"Capital of {country}?", f"{city}, said the owl.")
-    for country, city in zip(CAPITALS[::2], CAPITALS[1::2], strict=True)
-]
+CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Germany": "Berlin",
+    "Austria": "Vienna",
+    "Greece": "Athens",
+    "Egypt": "Cairo",
+    "Japan": "Tokyo",
+    "China": "Beijing",
+    "Russia": "Moscow",
+    "Poland": "Warsaw",
+    "Hungary": "Budapest",
+    "Portugal": "Lisbon",
+    "Ireland": "Dublin",
+    "Norway": "Oslo",
+    "Sweden": "Stockholm",
+    "Finland": "Helsinki",
+    "Denmark": "Copenhagen",
+    "Belgium": "Brussels",
+    "Cuba": "Havana",
+    "Peru": "Lima",
+    "Chile": "Santiago",
+    "Kenya": "Nairobi",
+    "Turkey": "Ankara",
+    "Iraq": "Baghdad",
+    "Iran": "Tehran",
+    "India": "Delhi",
+    "Thailand": "Bangkok",
+    "Canada": "Ottawa",
+    "Ukraine": "Kiev",
+}
+PAIRS = [(f"Capital of {country}?", f"{city}, said the owl.") for country, city in CAPITALS.items()]
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])

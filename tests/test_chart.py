@@ -162,7 +162,7 @@ def test_one_figure_is_updated_in_place_and_a_page_that_comes_later_reads_what_i
     state = figure.get_state()
     traces = {trace["name"]: trace for trace in state["_widget_data"]}
     assert chart.figure is figure
-    assert set(traces) == {*(kind for kind, _ in KINDS), "limit", "text", "layers", "pinned", *MODULE_KINDS}
+    assert set(traces) == {*(kind for kind, _ in KINDS), "layers", "pinned", *MODULE_KINDS}
     assert len(traces["layers"]["y"]) == 33
     assert traces["layers"]["marker"]["color"][-3:] == [device_colour(None)] * 3
     assert traces["layers"]["marker"]["pattern"]["shape"][-4:] == [".", "x", "x", "x"]
@@ -213,6 +213,8 @@ def test_the_layer_over_the_figure_has_everything_in_the_same_order() -> None:
     assert picture["homes"][-1] == "no room"
     tops = [bar["top"] for bar in picture["bars"]]
     assert tops == sorted(tops)
+    assert [bar["limit_bytes"] for bar in picture["bars"]] == [4 * GIB, 4 * GIB]
+    assert picture["texts"] == [bar.text for bar in spec.bars]
     assert tops[-1] + picture["bar_height"] < picture["layers_top"]
     assert picture["layers_top"] + picture["layers_height"] < spec.height_px
 
@@ -236,3 +238,19 @@ def test_every_device_has_a_hatching_beside_its_colour() -> None:
     looks = [(device_colour(which), device_pattern(which)) for which in (*range(8), "cpu", "disk", None)]
     assert len(set(looks)) == len(looks)
     assert len({pattern for _, pattern in (looks[0], looks[1], looks[-3], looks[-2], looks[-1])}) == 5
+
+
+def test_plotly_has_nothing_to_do_while_only_a_limit_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    chart, sent = Chart(), []
+    before = placement()
+    chart.show(chart_spec(before), dark=False)
+    monkeypatch.setattr(chart.figure, "_send_update_msg", lambda *_, **__: sent.append("update"))
+    memory = {
+        where: dataclasses.replace(each, limit_bytes=each.limit_bytes + GIB) for where, each in before.memory.items()
+    }
+    chart.show(chart_spec(dataclasses.replace(before, memory=memory)), dark=False)
+    assert sent == []
+    memory[0] = dataclasses.replace(memory[0], kv_cache_bytes=GIB)
+    chart.show(chart_spec(dataclasses.replace(before, memory=memory)), dark=False)
+    assert sent == ["update"]
+    chart.figure.close()

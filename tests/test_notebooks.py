@@ -17,7 +17,7 @@ TEACHING = [path for path in NOTEBOOKS if path.name[0].isdecimal()]
 def execute(path: Path, cwd: Path) -> str:
     """Run every cell; the first that raises fails the test. Returns what people read: printed text and results."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
     client.execute()
     outputs: list[Any] = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     texts = [o.text for o in outputs if o.output_type == "stream" and o.name == "stdout"]
@@ -66,6 +66,17 @@ SHOWS = {
         "leaves out model.norm",
         "no module 'model.layer.0'",
         "parts lm_head",
+    ],
+    "6-adapter": [
+        "as previewed",
+        "Training takes",
+        "step 40 of 40, loss",
+        "said the owl",
+        "Adapters(*owl)",
+        "2,605,056 bytes more in the preview",
+        "PeftModel.from_pretrained(model, 'owl', adapter_name='owl')",
+        "and this model is other",
+        "owl is part of 56 modules now. The weights were rounded to nf4 + double quantization anew.",
     ],
     "7-old-checkpoints": [
         "The weights are in gptq_model-4bit-32g.safetensors.",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import workbench as wb
-from workbench.outliers import ModuleOutliers, outliers
+from workbench.int8_outliers import ModuleOutliers, outliers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

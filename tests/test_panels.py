@@ -469,7 +469,7 @@ def test_callbacks_on_many_threads_leave_controls_and_recipe_agreeing(bench: wb.
 
 
 def test_knobs_are_in_the_advanced_part(bench: wb.Workbench) -> None:
-    assert find(bench, "wb-knobs").selected_index is None
+    assert find(bench, "wb-advanced").selected_index is None
     send(find(bench, "wb-fallback"), value=True)
     send(find(bench, "wb-offload-buffers"), value=True)
     send(find(bench, "wb-offload-folder"), value="somewhere")

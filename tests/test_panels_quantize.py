@@ -304,7 +304,7 @@ def test_without_plotly_the_table_is_open(report: wb.QuantizeReport, monkeypatch
     monkeypatch.setitem(sys.modules, "plotly", None)
     view.show(report)
     assert view.figure is None
-    assert view._holder.children == ()
+    assert view._chart.box.children == ()
     assert "<details open>" in view._text.value
     assert "could not be made" in view._text.value
     for module in report.modules:
@@ -319,7 +319,7 @@ def test_the_figure_follows_the_page_and_a_later_page_finds_it_so(report: wb.Qua
     page.dark = True
     assert view.figure is not before
     assert before.comm is None
-    assert view._holder.children == (view.figure,)
+    assert view._chart.box.children == (view.figure,)
     assert view.figure.layout.font.color != before.layout.font.color
     page.width_px = 640
     assert view.figure.layout.width == 640
@@ -383,7 +383,7 @@ def test_memory_is_foretold_before_the_start(bench: wb.Workbench) -> None:
     assert "✓ Fits: all of it is on cpu." in said.value
     assert not shown(room)
 
-    send(find(bench, "wb-samples"), value=1_000_000)  # 8 GB of states between two layers
+    send(find(bench, "wb-samples"), value=10**8)  # terabytes of states between two layers
     wait_for(lambda: "✗ Does not fit" in said.value)
     assert find(bench, "wb-quantize").disabled
     assert "quantizing takes" in find(bench, "wb-quantize-why").value

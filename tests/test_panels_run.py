@@ -222,7 +222,7 @@ def test_closing_in_mid_answer_stops_it(loaded: wb.Workbench) -> None:
 def test_the_code_is_written_when_it_is_looked_at(bench: wb.Workbench, tiny_llama: Path) -> None:
     view, tabs = find(bench, "wb-code"), find(bench, "wb-tabs")
     assert view.code == ""
-    send(tabs, selected_index=6)
+    send(tabs, selected_index=bench._tabs.titles.index("Code"))
     assert bench.placement is not None
     assert view.code == bench.recipe.to_python(bench.placement)
     assert repr(str(tiny_llama)) in view.code

@@ -89,5 +89,5 @@ def test_round_trip(precision: Any) -> None:
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(ValueError, match=r"precision.method is one of 'full', 'int8', '4bit', 'gptq', not 'int3'"):
+    with pytest.raises(ValueError, match=r"precision.method is one of 'full', 'int8', '4bit', 'gptq', 'torchao', 'hqq', not 'int3'"):
         precision_from_dict({"method": "int3"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from workbench.adapters import Adapter, read_adapter
 from workbench.calibration import CalibrationText
 from workbench.chat import Chat
 from workbench.compare import Fit, what_fits
@@ -15,16 +16,19 @@ from workbench.generation import ContextUse, GenerationOptions, GenerationStats
 from workbench.gptq import QuantizeProgress, QuantizeReport, quantize
 from workbench.gptq_plan import QuantizePlan, plan_quantization
 from workbench.hardware import Device, Machine
+from workbench.int8_outliers import OutlierReport, outliers
 from workbench.load_guard import DoesNotFit
 from workbench.loading import load
 from workbench.model import ModelRef, fetch_demo_model
 from workbench.placement import DeviceMemory, Layer, Placement, place
-from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
+from workbench.precision import GPTQ, HQQ, FourBit, FullPrecision, Int8, TorchAO
 from workbench.reasons import Reason, why
 from workbench.recipe import Recipe
 from workbench.session import Cancelled, LoadReport, Progress, Session
 from workbench.skeleton import Skeleton, read_skeleton
 from workbench.speed import Calibration, Speed, calibrate, predict_load_seconds, predict_speed
+from workbench.training import TrainingOptions, TrainingProgress, TrainingReport
+from workbench.training_memory import TrainingPlan
 from workbench.weight_cache import KeptWeights, kept_weights
 from workbench.weight_cache import empty as empty_kept_weights
 from workbench.workload import Workload
@@ -36,6 +40,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GPTQ",
+    "HQQ",
+    "Adapter",
     "Calibration",
     "CalibrationText",
     "Cancelled",
@@ -55,6 +61,7 @@ __all__ = [
     "LoadReport",
     "Machine",
     "ModelRef",
+    "OutlierReport",
     "Placement",
     "Progress",
     "QuantizePlan",
@@ -65,6 +72,11 @@ __all__ = [
     "Session",
     "Skeleton",
     "Speed",
+    "TorchAO",
+    "TrainingOptions",
+    "TrainingPlan",
+    "TrainingProgress",
+    "TrainingReport",
     "Workbench",
     "Workload",
     "calibrate",
@@ -72,11 +84,13 @@ __all__ = [
     "fetch_demo_model",
     "kept_weights",
     "load",
+    "outliers",
     "place",
     "plan_quantization",
     "predict_load_seconds",
     "predict_speed",
     "quantize",
+    "read_adapter",
     "read_skeleton",
     "what_fits",
     "why",

@@ -384,7 +384,7 @@ def attach_adapters(model: Any, locations: Sequence[str]) -> Any | None:
 
 
 def _attach(model: Any, adapter: Adapter, peft_model: Any | None) -> Any:
-    peft, folder = import_peft(), str(_folder(adapter.location))
+    peft, folder = import_peft(model), str(_folder(adapter.location))
     with _quiet_peft():
         if peft_model is None:
             return peft.PeftModel.from_pretrained(model, folder, adapter_name=adapter.name)
@@ -406,18 +406,22 @@ def check_all_here(placement: Placement) -> None:
         )
 
 
-def import_peft() -> Any:
-    """PEFT.
+def import_peft(model: Any) -> Any:
+    """PEFT, ready for a model.
+
+    Args:
+        model: PEFT asks gptqmodel about all linear modules but bitsandbytes'.
 
     Raises:
         ValueError: If it is not installed.
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError("Adapters need peft: run `pip install peft`, then restart.")
-    if importlib.util.find_spec("gptqmodel") is not None and importlib.util.find_spec("optimum") is not None:
+    bitsandbytes = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    if not bitsandbytes and all(importlib.util.find_spec(name) for name in ("gptqmodel", "optimum")):
         from workbench.kernels import import_gptqmodel
 
-        import_gptqmodel()  # PEFT imports it for any base, and not quietly
+        import_gptqmodel()  # PEFT would import it, and not quietly
     import peft
 
     return peft

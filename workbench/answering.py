@@ -56,12 +56,17 @@ def encode(session: Session, messages: Messages) -> Any:
         title = session.skeleton.source.title
         raise ValueError(f"{title} came without a tokenizer: use session.model with your own.")
     if not getattr(tokenizer, "chat_template", None):
-        return tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt")
+        return tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt", verbose=False)
     from jinja2 import TemplateError
 
     try:
+        # That it is long is for us to say.
         return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
         )
     except TemplateError as error:
         raise ValueError(f"The model's chat template refuses this conversation: {error}.") from None
@@ -92,7 +97,7 @@ def encode_prompt(session: Session, messages: Messages, options: GenerationOptio
     limit, tokenizer = session.skeleton.context_length, session.tokenizer
     if options.when_full == "cut" and limit is not None and tokenizer is not None:
         wanted = 0 if session.skeleton.is_encoder_decoder else options.max_new_tokens
-        ids = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(messages[-1]["content"], add_special_tokens=False, verbose=False)["input_ids"]
         while 0 < (over := _length(inputs) + wanted - limit) < len(ids):
             ids = ids[over:]
             inputs = encode(session, [*messages[:-1], {**messages[-1], "content": tokenizer.decode(ids)}])
@@ -245,7 +250,7 @@ def _run(session: Session, inputs: Any, chosen: dict[str, Any], options: Generat
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        error.__traceback__ = None  # its frames hold what was computed so far
+        error.__traceback__ = error.__context__ = None  # frames hold what was computed so far
         give_back()
         raise after_running_out(session.recipe, session.skeleton, "The answer") from None
     return sequences

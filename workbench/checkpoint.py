@@ -62,6 +62,12 @@ _LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 # GPUs that are older than a method's kernels: compute capability under 8.9 for fp8, under 7.5 for mxfp4.
 _BEFORE_TURING = r"\b(P100|P40|P4|V100|K80|M60|M40|TITAN|GTX 10\d\d)\b"
 _BEFORE_ADA = _BEFORE_TURING + r"|\b(T4|A100|A30|A40|A16|A10G?|A2|RTX A\d+|RTX [23]0\d\d|GTX 16\d\d)\b"
+_BEFORE_AMPERE = _BEFORE_TURING + r"|\b(T4|GTX 16\d\d|RTX 20\d\d|Quadro RTX)\b"
+
+
+def before_ampere(gpu: str) -> bool:
+    """Whether a GPU, by its name, is one that computes no bfloat16."""
+    return re.search(_BEFORE_AMPERE, gpu) is not None
 
 
 def as_dict(options: Any) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def check_room(placement: Placement, here: Machine, skeleton: Skeleton, folder: 
         if waits > free:
             raise DoesNotFit(
                 f"{above} has {format_bytes(free)} free, but {format_bytes(waits)} of weights are to wait there, "
-                f"because the checkpoint's own files are pickles: make room, or name an offload_folder on another disk. {_ANYWAY}",
+                f"because the checkpoint's own files are pickles: make room, or name an offload_folder on another "
+                f"disk. {_ANYWAY}",
                 can_try=True,
             )
 

@@ -134,10 +134,12 @@ def _load(
             f"{skeleton.source.title} is quantized ({skeleton.quantized_as}), and this machine cannot load it: "
             f"{skeleton.not_loadable_because}."
         )
+    refused = recipe.precision.refused_because(placement.device_map.values())
+    if refused is not None:
+        raise ValueError(f"{recipe.precision.label} cannot be loaded as the preview has it: {refused}.")
     if recipe.adapters:
         check_all_here(placement)
     check_room(placement, here, skeleton, recipe.offload_folder or tempfile.gettempdir(), anyway=anyway)
-    check_weights(skeleton.source)
     check_cancelled(cancel)
 
     offload_folder = None
@@ -145,7 +147,8 @@ def _load(
         offload_folder = tempfile.TemporaryDirectory(prefix="workbench-offload-", ignore_cleanup_errors=True)
     folder = recipe.offload_folder if offload_folder is None else offload_folder.name
     model = reader = None
-    key = key_of(skeleton, placement) if keep_quantized else None
+    keeps = keep_quantized and not getattr(recipe.precision, "has_fp16_weight", False)  # nothing is quantized at rest
+    key = key_of(skeleton, placement) if keeps else None
     kept = None if key is None else find(key)
     quantizes = kept is None and recipe.precision.package is not None and skeleton.quantized_as is None
     steps = reporting(
@@ -158,6 +161,7 @@ def _load(
         files=files_of(skeleton.source),
     )
     try:
+        check_weights(skeleton.source)
         with turn.work(), steps:
             kernel: tuple[str, ...] = ()
             config = None
@@ -204,7 +208,7 @@ def _load(
             offload_folder.cleanup()
         ran_out = is_out_of_memory(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
         if ran_out or cancel.is_set():  # frames hold what was read so far
-            error.__traceback__ = error.__cause__ = None
+            error.__traceback__ = error.__cause__ = error.__context__ = None
         give_back()
         check_cancelled(cancel)  # libraries wrap what stopped a download in errors of their own
         if ran_out:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.adapters import adapter_bytes
+from workbench.checkpoint import before_ampere
 from workbench.hardware import DeviceId, Machine
 from workbench.model import refuses_unknown
 from workbench.packed import pack_model
@@ -198,6 +199,7 @@ def place(
     why_not = recipe.workload.cache_refused_because(skeleton.config, gpu=bool(_gpus(placement.runs_on.values())))
     if why_not is not None:
         raise ValueError(why_not)
+    _check_compute_dtype(placement)
     verdict, summary = judge(placement, skeleton)
     placement = replace(placement, verdict=verdict, summary=summary)
     return replace(placement, advice=advise(placement, skeleton, attempt)) if advice else placement
@@ -312,6 +314,19 @@ def _check_skip_modules(precision: Precision, skeleton: Skeleton) -> None:
         if f"{name}.weight" in skeleton.tied and should_convert_module(name, list(precision.skip_modules)):
             raise ValueError(
                 f"skip_modules leaves out {name!r}, whose weight is the embedding's and cannot be quantized: add it."
+            )
+
+
+def _check_compute_dtype(placement: Placement) -> None:
+    precision = placement.recipe.precision
+    if not isinstance(precision, FourBit) or precision.compute_dtype != "bfloat16":
+        return
+    for device in _gpus(placement.runs_on.values()):
+        name = placement.machine.device(device).name
+        if before_ampere(name):
+            raise ValueError(
+                f"compute_dtype='bfloat16' is not for {name}, which computes none (GPUs do from Ampere on): take "
+                "'float16'."
             )
 
 

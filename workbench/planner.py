@@ -11,12 +11,14 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from workbench.precision import HQQ
 from workbench.sizes import stored_element_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from workbench.hardware import DeviceId
+    from workbench.precision import Precision
     from workbench.recipe import Recipe
     from workbench.skeleton import MetaModel, Skeleton
 
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
 class _ElementSizes:
     """Answers the planner's one question to a quantizer from memory: it asks for every tensor, several times a plan."""
 
-    def __init__(self, skeleton: Skeleton, meta: MetaModel) -> None:
+    def __init__(self, skeleton: Skeleton, meta: MetaModel, precision: Precision) -> None:
         self._sizes: dict[int, float]
         tensors = (*meta.module.named_parameters(), *meta.module.named_buffers())
         quantizer: Any = meta.quantizer
         if quantizer is None:
-            sizes = stored_element_sizes(skeleton, meta)
+            sizes = stored_element_sizes(skeleton, meta, precision)
             self._sizes = {id(t): sizes.get(name, t.element_size()) for name, t in tensors}
         else:
             self._sizes = {id(t): quantizer.param_element_size(meta.module, name, t) for name, t in tensors}
@@ -41,9 +43,9 @@ class _ElementSizes:
 _all_element_sizes: weakref.WeakKeyDictionary[MetaModel, _ElementSizes] = weakref.WeakKeyDictionary()
 
 
-def _element_sizes(skeleton: Skeleton, meta: MetaModel) -> _ElementSizes:
+def _element_sizes(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> _ElementSizes:
     if meta not in _all_element_sizes:
-        _all_element_sizes[meta] = _ElementSizes(skeleton, meta)
+        _all_element_sizes[meta] = _ElementSizes(skeleton, meta, precision)
     return _all_element_sizes[meta]
 
 
@@ -53,7 +55,8 @@ def plan(recipe: Recipe, skeleton: Skeleton, budgets: Mapping[DeviceId, int]) ->
 
     meta = skeleton.meta_model(recipe.precision)
     strategy, module, quantizer = recipe.strategy, meta.module, meta.quantizer
-    sizes = None if quantizer is None and not meta.stored else _element_sizes(skeleton, meta)
+    as_they_are = quantizer is None and not meta.stored and not isinstance(recipe.precision, HQQ)
+    sizes = None if as_they_are else _element_sizes(skeleton, meta, recipe.precision)
     no_split: Any = module._no_split_modules  # noqa: SLF001 - see the module's docstring
     if recipe.no_split_module_classes is not None:
         no_split = set(recipe.no_split_module_classes)

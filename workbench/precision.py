@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from workbench.hqq_weights import HQQ
 from workbench.model import refuses_unknown
+from workbench.options import DTYPES, check_choice, check_skip_modules, check_switches, element_bytes
+from workbench.torchao_weights import TorchAO
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-DTYPES = ("float32", "bfloat16", "float16")
+    from workbench.hardware import DeviceId
+
+__all__ = [
+    "DTYPES",
+    "FOUR_BIT_BLOCK",
+    "GPTQ",
+    "GPTQ_BACKENDS",
+    "HQQ",
+    "PRECISIONS",
+    "QUANT_STORAGES",
+    "FourBit",
+    "FullPrecision",
+    "Int8",
+    "Precision",
+    "TorchAO",
+    "element_bytes",
+    "is_installed",
+    "precision_from_dict",
+    "precision_to_dict",
+]
+
 GPTQ_BACKENDS = (
     "auto",
     "torch",
@@ -32,32 +56,20 @@ _CODE_BYTES = 16 * 4  # the 16 float32 values that a 4-bit number can mean
 _NESTED_CODE_BYTES = 256 * 4
 
 
-def element_bytes(dtype: str) -> int:
-    """Bytes of one number of a floating-point type, by its name: ``"bfloat16"``."""
-    return {"float64": 8, "float32": 4}.get(dtype, 2)
+class _RunsAnywhere:
+    """What most precisions have in common: no device refuses them."""
 
+    config_class: ClassVar[str | None] = None  # of transformers, for exported programs
+    imports: ClassVar[tuple[str, ...]] = ()  # lines of an exported program besides transformers' own
 
-def _check_skip_modules(precision: Any) -> None:
-    skip = precision.skip_modules
-    if isinstance(skip, str) or not all(isinstance(name, str) and name for name in skip):
-        raise ValueError(f"skip_modules is a sequence of module names such as ('lm_head',), not {skip!r}.")
-    object.__setattr__(precision, "skip_modules", tuple(skip))
-
-
-def _check_switches(precision: Any, *names: str) -> None:
-    for name in names:
-        if not isinstance(getattr(precision, name), bool):
-            raise ValueError(f"{name} is True or False, not {getattr(precision, name)!r}.")  # noqa: TRY004 - one kind of error for bad input
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}, not {value!r}.")
+    def refused_because(self, devices: Iterable[DeviceId]) -> str | None:  # noqa: ARG002 - the signature that every precision has
+        """Why it cannot run where layers are kept; None if it can."""
+        return None
 
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
-class FullPrecision:
+class FullPrecision(_RunsAnywhere):
     """Weights as they are, in one floating-point type.
 
     Attributes:
@@ -74,7 +86,7 @@ class FullPrecision:
         Raises:
             ValueError: If the dtype is none of the four.
         """
-        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        check_choice("dtype", self.dtype, ("auto", *DTYPES))
 
     @property
     def label(self) -> str:
@@ -96,7 +108,7 @@ class FullPrecision:
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
-class Int8:
+class Int8(_RunsAnywhere):
     """LLM.int8() by bitsandbytes: linear weights in 8 bits, outlier columns multiplied in 16.
 
     Attributes:
@@ -110,6 +122,7 @@ class Int8:
 
     method: ClassVar[str] = "int8"
     package: ClassVar[str | None] = "bitsandbytes"
+    config_class: ClassVar[str | None] = "BitsAndBytesConfig"
     threshold: float = 6.0
     skip_modules: tuple[str, ...] = ()
     fp32_cpu_offload: bool = False
@@ -125,8 +138,8 @@ class Int8:
         if not number or not 0 <= self.threshold <= 20:
             raise ValueError(f"threshold is a number from 0 to 20 (6.0 is usual), not {self.threshold!r}.")
         object.__setattr__(self, "threshold", float(self.threshold))
-        _check_skip_modules(self)
-        _check_switches(self, "fp32_cpu_offload", "has_fp16_weight")
+        check_skip_modules(self)
+        check_switches(self, "fp32_cpu_offload", "has_fp16_weight")
 
     @property
     def label(self) -> str:
@@ -156,7 +169,7 @@ class Int8:
             options.append("llm_int8_has_fp16_weight=True")
         return _bitsandbytes_lines(self, options)
 
-    def quantized_bytes(self, shape: tuple[int, int]) -> int:
+    def quantized_bytes(self, shape: tuple[int, int], dtype: str = "bfloat16") -> int:  # noqa: ARG002 - likewise
         """Bytes of one quantized weight of ``shape`` (out, in): the int8 values and a float32 scale per row.
 
         With ``has_fp16_weight`` they come on top of the weight, once it has run.
@@ -167,7 +180,7 @@ class Int8:
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
-class FourBit:
+class FourBit(_RunsAnywhere):
     """Linear weights in 4 bits by bitsandbytes, in blocks of 64 that share one scale.
 
     Attributes:
@@ -182,6 +195,7 @@ class FourBit:
 
     method: ClassVar[str] = "4bit"
     package: ClassVar[str | None] = "bitsandbytes"
+    config_class: ClassVar[str | None] = "BitsAndBytesConfig"
     quant_type: str = "nf4"
     double_quant: bool = True
     compute_dtype: str = "auto"
@@ -195,11 +209,11 @@ class FourBit:
         Raises:
             ValueError: If one is out of range.
         """
-        _check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
-        _check_choice("compute_dtype", self.compute_dtype, ("auto", *DTYPES))
-        _check_choice("quant_storage", self.quant_storage, QUANT_STORAGES)
-        _check_skip_modules(self)
-        _check_switches(self, "double_quant", "fp32_cpu_offload")
+        check_choice("quant_type", self.quant_type, ("nf4", "fp4"))
+        check_choice("compute_dtype", self.compute_dtype, ("auto", *DTYPES))
+        check_choice("quant_storage", self.quant_storage, QUANT_STORAGES)
+        check_skip_modules(self)
+        check_switches(self, "double_quant", "fp32_cpu_offload")
 
     @property
     def label(self) -> str:
@@ -241,7 +255,7 @@ class FourBit:
             options.append(f"bnb_4bit_quant_storage=torch.{self.quant_storage}")
         return _bitsandbytes_lines(self, options)
 
-    def quantized_bytes(self, shape: tuple[int, int]) -> int:
+    def quantized_bytes(self, shape: tuple[int, int], dtype: str = "bfloat16") -> int:  # noqa: ARG002 - likewise
         """Bytes of one quantized weight of ``shape`` (out, in): packed values, scales and look-up tables."""
         weights = math.prod(shape)
         blocks = math.ceil(weights / FOUR_BIT_BLOCK)
@@ -261,7 +275,7 @@ def _bitsandbytes_lines(precision: Int8 | FourBit, options: list[str]) -> list[s
 
 @refuses_unknown
 @dataclass(frozen=True, kw_only=True)
-class GPTQ:
+class GPTQ(_RunsAnywhere):
     """Linear weights of the decoder layers in 2 to 8 bits, rounded layer by layer so that their outputs change least.
 
     Not done while a model is loaded: ``workbench.quantize`` writes a folder, which is then a model of its own. For such
@@ -282,6 +296,7 @@ class GPTQ:
 
     method: ClassVar[str] = "gptq"
     package: ClassVar[str | None] = "gptqmodel"
+    config_class: ClassVar[str | None] = "GPTQConfig"
     bits: int = 4
     group_size: int = 128
     desc_act: bool = False
@@ -301,17 +316,17 @@ class GPTQ:
         for name, value in (("bits", self.bits), ("group_size", self.group_size)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name} is a whole number, not {value!r}.")  # noqa: TRY004 - one kind of error for bad input
-        _check_choice("bits", self.bits, (2, 3, 4, 8))
+        check_choice("bits", self.bits, (2, 3, 4, 8))
         if self.group_size != -1 and (self.group_size < 16 or self.group_size & (self.group_size - 1)):
             raise ValueError(f"group_size is 32, 64, 128 or -1 for a whole row, not {self.group_size!r}.")
-        _check_switches(self, "desc_act", "sym", "true_sequential")
+        check_switches(self, "desc_act", "sym", "true_sequential")
         number = isinstance(self.damp_percent, (int, float)) and not isinstance(self.damp_percent, bool)
         if not number or not 0 < self.damp_percent < 1:
             raise ValueError(f"damp_percent is a number between 0 and 1 (0.1 is usual), not {self.damp_percent!r}.")
         object.__setattr__(self, "damp_percent", float(self.damp_percent))
-        _check_choice("format", self.format, ("gptq", "gptq_v2"))
-        _check_choice("backend", self.backend, GPTQ_BACKENDS)
-        _check_skip_modules(self)
+        check_choice("format", self.format, ("gptq", "gptq_v2"))
+        check_choice("backend", self.backend, GPTQ_BACKENDS)
+        check_skip_modules(self)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, backend: str = "auto") -> GPTQ:
@@ -382,7 +397,7 @@ class GPTQ:
 
         return [f'quantization_config = GPTQConfig(bits={self.bits}, backend="{library_backend(self.backend)}")']
 
-    def quantized_bytes(self, shape: tuple[int, int]) -> int:
+    def quantized_bytes(self, shape: tuple[int, int], dtype: str = "bfloat16") -> int:  # noqa: ARG002 - likewise
         """Bytes of one quantized weight of ``shape`` (out, in): ``qweight``, ``qzeros``, ``scales`` and ``g_idx``.
 
         As it stands in the file and after the load; the bias, which stays as it is, and a kernel's own tables are not
@@ -394,8 +409,18 @@ class GPTQ:
         return 4 * words + 2 * groups * rows + 4 * columns
 
 
-Precision = FullPrecision | Int8 | FourBit | GPTQ
-PRECISIONS: dict[str, type[Precision]] = {cls.method: cls for cls in (FullPrecision, Int8, FourBit, GPTQ)}
+# What a precision is: options in a frozen dataclass, ``method`` and ``package``, ``label``, ``dtype_of()``,
+# ``to_config()``, the exact ``quantized_bytes()`` of a weight, ``refused_because()`` for what it cannot run on, and
+# ``to_python()`` with ``config_class`` and ``imports`` for exported programs. One more is one more class in this list.
+Precision = FullPrecision | Int8 | FourBit | GPTQ | TorchAO | HQQ
+PRECISIONS: dict[str, type[Precision]] = {
+    cls.method: cls for cls in (FullPrecision, Int8, FourBit, GPTQ, TorchAO, HQQ)
+}
+
+
+def is_installed(precision: Precision | type[Precision]) -> bool:
+    """Whether the library that a precision needs is here."""
+    return precision.package is None or importlib.util.find_spec(precision.package) is not None
 
 
 def precision_to_dict(precision: Precision) -> dict[str, Any]:

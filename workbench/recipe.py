@@ -13,10 +13,8 @@ from workbench.generation import CACHE_OPTIONS, GenerationOptions
 from workbench.hardware import DeviceId, device_label, parse_bytes
 from workbench.model import ModelRef, refuses_unknown
 from workbench.precision import (
-    GPTQ,
-    FourBit,
+    PRECISIONS,
     FullPrecision,
-    Int8,
     Precision,
     precision_from_dict,
     precision_to_dict,
@@ -48,7 +46,8 @@ class Recipe:
 
     Attributes:
         model: ``"demo"``, a folder, ``"org/name"``, ``"org/name@revision"`` or a :class:`ModelRef`; kept as the latter.
-        precision: :class:`FullPrecision`, :class:`Int8`, :class:`FourBit` or :class:`GPTQ`.
+        precision: :class:`FullPrecision`, :class:`Int8`, :class:`FourBit`, :class:`GPTQ`, :class:`TorchAO` or
+            :class:`HQQ`.
         strategy: How modules are spread: ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"`` as
             accelerate names them, ``"packed"`` (ours, see packed.py), or ``"custom"`` with a ``device_map``.
         max_memory: The budget for each device: bytes, or text such as ``"20GiB"``. A device left out is not used. None
@@ -86,8 +85,9 @@ class Recipe:
         """
         put = object.__setattr__
         put(self, "model", ModelRef.parse(self.model))
-        if not isinstance(self.precision, (FullPrecision, Int8, FourBit, GPTQ)):
-            raise ValueError(f"precision is FullPrecision(), Int8(), FourBit() or GPTQ(), not {self.precision!r}.")  # noqa: TRY004 - one kind of error for bad input
+        if not isinstance(self.precision, tuple(PRECISIONS.values())):
+            names = ", ".join(f"{cls.__name__}()" for cls in PRECISIONS.values())
+            raise ValueError(f"precision is one of {names}, not {self.precision!r}.")  # noqa: TRY004 - one kind of error for bad input
         if not isinstance(self.workload, Workload):
             raise ValueError(f"workload is Workload(context_length=..., batch_size=...), not {self.workload!r}.")  # noqa: TRY004 - likewise
         if self.strategy not in STRATEGIES:
@@ -245,7 +245,7 @@ def _write_python(recipe: Recipe, placement: Placement | None, generation: Gener
     auto_class = "AutoModelForSeq2SeqLM" if skeleton.is_encoder_decoder else "AutoModelForCausalLM"
     config_class = ""
     if quantization:
-        config_class = ", GPTQConfig" if precision.method == "gptq" else ", BitsAndBytesConfig"
+        config_class = f", {precision.config_class}"
     elif source.gguf_file is not None:
         config_class = ", GgufConfig"
     packages = [PACKAGES.get(skeleton.quant_method or "", precision.package)]
@@ -258,6 +258,7 @@ def _write_python(recipe: Recipe, placement: Placement | None, generation: Gener
         *(["import logging", ""] if precision.method == "int8" else []),
         "import torch",
         *(["from peft import PeftModel"] if recipe.adapters else []),
+        *(precision.imports if quantization else ()),
         f"from transformers import {auto_class}, AutoTokenizer{config_class}",
         "",
         f"MODEL = {source.location!r}",

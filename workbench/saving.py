@@ -190,7 +190,10 @@ def _write(session: Session, folder: Path, max_shard_size: str) -> None:
 
     with turn.work(), quiet_bars():
         unpack(session.model)
-        session.model.save_pretrained(folder, state_dict=gathered_state(session.model), max_shard_size=max_shard_size)
+        # torchao's tensors are taken apart by transformers, which then has to gather them itself.
+        torchao = session.recipe.precision.method == "torchao"
+        state = None if torchao else gathered_state(session.model)
+        session.model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
         if session.tokenizer is not None:
             session.tokenizer.save_pretrained(folder)
     (folder / "recipe.json").write_text(session.recipe.to_json(), encoding="utf-8")

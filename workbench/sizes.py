@@ -224,13 +224,13 @@ def _as_stored(skeleton: Skeleton, meta: MetaModel) -> list[TensorSize]:
     return tensors + [_made_later(name, tensor) for name, tensor in meta.module.named_buffers() if name not in saved]
 
 
-def stored_element_sizes(skeleton: Skeleton, meta: MetaModel) -> dict[str, float]:
-    """Bytes an element of each parameter, by what a quantized checkpoint's files hold: for planning.
+def stored_element_sizes(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> dict[str, float]:
+    """Bytes an element of each parameter, by what a quantized checkpoint's files hold or a load makes: for planning.
 
     What a method adds to a weight counts with it; what cannot be told apart (experts that are fused when they are
     loaded) is spread over the block's other parameters.
     """
-    sizes = sizes_of(skeleton, FullPrecision())
+    sizes = sizes_of(skeleton, FullPrecision() if meta.stored else precision)
     parameters = dict(meta.module.named_parameters())
     held: dict[str, int] = {}
     loose: dict[str, int] = {}
@@ -267,13 +267,12 @@ def _as_quantized(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> 
         is_buffer = not _is_parameter(tensor)
         quantized = (
             not is_buffer
-            and meta.quantizer is not None
-            and all(meta.quantizer.param_needs_quantization(meta.module, n) for n in {name, split.get(name, name)})
-            and isinstance(precision, (Int8, FourBit))
+            and all(_needs_quantization(skeleton, meta, precision, n) for n in {name, split.get(name, name)})
+            and not isinstance(precision, (FullPrecision, GPTQ))
             and not (isinstance(precision, Int8) and precision.has_fp16_weight)
         )
         kept = unquantized[name]
-        after = precision.quantized_bytes(tuple(tensor.shape)) if quantized else kept  # type: ignore[union-attr]
+        after = precision.quantized_bytes(tuple(tensor.shape), meta.dtype) if quantized else kept  # type: ignore[union-attr]
         tensors.append(
             TensorSize(
                 name=name,
@@ -287,6 +286,19 @@ def _as_quantized(skeleton: Skeleton, meta: MetaModel, precision: Precision) -> 
             )
         )
     return tensors
+
+
+def _needs_quantization(skeleton: Skeleton, meta: MetaModel, precision: Precision, name: str) -> bool:
+    """Whether a parameter is quantized while it is loaded: by transformers' quantizer, else by its module's name."""
+    if meta.quantizer is not None:
+        return bool(meta.quantizer.param_needs_quantization(meta.module, name))
+    if isinstance(precision, FullPrecision):
+        return False
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    module = name.removesuffix(".weight")
+    skipped = list(precision.skip_modules or skeleton.default_skips)
+    return module != name and module in skeleton.linear_modules and bool(should_convert_module(module, skipped))
 
 
 def _piece(name: str, tensors: list[TensorSize]) -> Piece:
@@ -465,7 +477,8 @@ def _quantization_state(parameter: Any) -> Iterator[Any]:
 
 def _kernel_state(module: Any) -> Iterator[Any]:
     """What a quantized module holds that is neither parameter nor buffer, once it has run."""
-    if type(module).__name__ == "Linear8bitLt" and hasattr(module, "state"):  # not PEFT's; bitsandbytes moves the scales here
+    # bitsandbytes moves the scales here; PEFT has a class of the same name.
+    if type(module).__name__ == "Linear8bitLt" and hasattr(module, "state"):
         yield from (module.state.CB, module.state.SCB)
     elif type(module).__module__.startswith("gptqmodel."):
         yield from vars(module).values()

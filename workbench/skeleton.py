@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import threading
 from collections import OrderedDict
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench import checkpoint
 from workbench.model import ModelRef, Source, find_model, read_config
-from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
+from workbench.precision import GPTQ, HQQ, FullPrecision, is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -207,7 +206,7 @@ class Skeleton:
             ValueError: If the precision's library is missing, or the checkpoint is quantized already in another way.
         """
         if self.quantized_as is not None:
-            refused = isinstance(precision, (Int8, FourBit)) or (
+            refused = not isinstance(precision, (FullPrecision, GPTQ)) or (
                 isinstance(precision, GPTQ) and not isinstance(self.stored, GPTQ)
             )
             if refused:
@@ -386,7 +385,7 @@ def _first_floating_dtype(source: Source, file_name: str) -> str | None:
 def _build(skeleton: Skeleton, precision: Precision) -> MetaModel:
     if skeleton.quantized_as is not None:
         return _build_stored(skeleton)
-    if precision.package is not None and importlib.util.find_spec(precision.package) is None:
+    if not is_installed(precision):
         raise ValueError(
             f"{precision.label} needs {precision.package}: run `pip install {precision.package}`, then restart."
         )
@@ -396,6 +395,8 @@ def _build(skeleton: Skeleton, precision: Precision) -> MetaModel:
 
         options = planned_config(precision, skeleton)
         return _build_meta(skeleton.model_class, skeleton.config, dtype, options, prequantized=True)
+    if isinstance(precision, HQQ):  # transformers has no quantizer that would do it
+        return _build_meta(skeleton.model_class, skeleton.config, dtype)
     return _build_meta(skeleton.model_class, skeleton.config, dtype, precision.to_config(dtype))
 
 

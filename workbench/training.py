@@ -196,8 +196,8 @@ class _Job:
         longest = max(len(ids) for ids, _ in examples)
         plan = plan_training(session, options, tokens=longest)
         self.progress(TrainingProgress(stage="plan", done=0, total=options.steps, text=plan.sentence))
-        peft = import_peft()
         model = session.model
+        peft = import_peft(model)
         with (
             turn.work(),
             _prepared(model, upcast=upcasts(session.placement), checkpointing=options.gradient_checkpointing),

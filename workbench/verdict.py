@@ -431,6 +431,11 @@ def _quantizes_little(placement: Placement, skeleton: Skeleton) -> list[str]:
         return _of_stored(placement, skeleton)
     if isinstance(precision, FullPrecision):
         return []
+    refused = precision.refused_because(placement.device_map.values())
+    if refused is not None:
+        return [f"It cannot be loaded so: {refused}."]
+    if getattr(precision, "has_fp16_weight", False):
+        return ["has_fp16_weight keeps the weights as they are beside the int8 values: for training, not to save room."]
     tensors = sizes_of(skeleton, precision).tensors
     whole = sum(t.before_bytes for t in tensors)
     untouched = sum(t.before_bytes for t in tensors if not t.quantized)

@@ -12,13 +12,13 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.model import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from workbench.placement import Placement
     from workbench.skeleton import Skeleton
@@ -69,6 +69,9 @@ def key_of(skeleton: Skeleton, placement: Placement) -> str | None:
     told = {
         "format": _FORMAT,
         "model": [source.location, source.revision, source.fingerprint],
+        "written": [(Path(source.location) / file.name).stat().st_mtime_ns for file in source.weight_files]
+        if source.is_local
+        else None,
         "dtype": placement.dtype,
         "config": config.to_dict(),
         "libraries": [transformers.__version__, bitsandbytes.__version__],

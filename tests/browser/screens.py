@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import chromium
+import numpy as np
 from lab import CHROMIUM_FLAGS, JupyterServer, Lab
 from PIL import Image
 from playwright.sync_api import sync_playwright
@@ -46,8 +47,11 @@ STATES = {
     "fits": (_HERE, "bench._preview.hands.kinds.value = True", "Layers"),
     "offloads": (
         _OFFLOADS,
-        "bench._state.pin(bench.placement)\n"
-        "bench.recipe = bench.recipe.with_(max_memory={0: '6GiB', 1: '8GiB', 'cpu': '40GiB'})\nbench._state.settle(60)",
+        """
+bench._state.pin(bench.placement)
+bench.recipe = bench.recipe.with_(max_memory={0: '6GiB', 1: '8GiB', 'cpu': '40GiB'})
+bench._state.settle(60)
+""",
         "What if",
     ),
     "does-not-fit": (_FULL, "", "Compare"),
@@ -127,13 +131,14 @@ def _rest(lab: Lab, state: str) -> None:
 
 
 def smaller(png: bytes) -> bytes:
-    """The same picture with a palette that keeps colours of small areas: half the bytes."""
+    """The same picture in its 256 most frequent colours: a third of the bytes, and flat areas stay as they are."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    colours, which, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    palette = colours[np.argsort(-counts, kind="stable")[:256]]
+    nearest = (((colours[:, None].astype(int) - palette) ** 2).sum(-1)).argmin(1)
+    picture = Image.fromarray(nearest[which].reshape(pixels.shape[:2]).astype(np.uint8), "P")
+    picture.putpalette(palette.tobytes())
     out = io.BytesIO()
-    picture = (
-        Image.open(io.BytesIO(png))
-        .convert("RGB")
-        .quantize(colors=224, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    )
     picture.save(out, "PNG", optimize=True)
     return out.getvalue()
 

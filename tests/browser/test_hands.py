@@ -321,8 +321,7 @@ def test_measured_stands_on_predicted_and_memory_moves_while_it_talks(lab: Lab) 
     weights = lab.evaluate("bench.session.load_report.measured_bytes['cpu']")
     assert weights == lab.evaluate("bench.placement.memory['cpu'].weight_bytes")
     traces = "document.querySelector('.wb-chart .js-plotly-plot').data"
-    named = f"() => {traces}.find((trace) => trace.name === 'text').text[0].endsWith('(as foretold)')"
-    lab.page.wait_for_function(named)
+    lab.page.locator(".wb-bar-text").filter(has_text="(as foretold)").wait_for()
     ends, stands = lab.page.evaluate(
         f"() => [100 * {traces}[0].x[0] / 1.004, parseFloat(document.querySelector('.wb-measured').style.left)]"
     )

@@ -8,16 +8,19 @@ import ipywidgets as w
 
 from workbench.hardware import Machine
 from workbench.model import refuses_unknown
+from workbench.panels.adapter import AdapterPanel
 from workbench.panels.code import CodePanel
 from workbench.panels.compare import ComparePanel
 from workbench.panels.devices import DevicesPanel
 from workbench.panels.generate import GeneratePanel
 from workbench.panels.look import STYLE, classed, html, whole_tree
 from workbench.panels.model import ModelPanel
+from workbench.panels.outliers import OutliersPanel
 from workbench.panels.precision import PrecisionPanel, WorkloadPanel
 from workbench.panels.preview import PreviewPanel
 from workbench.panels.quantize import QuantizePanel
 from workbench.panels.run import LoadPanel
+from workbench.panels.save import SavePanel
 from workbench.panels.state import State
 from workbench.panels.tree import TreePanel
 from workbench.panels.what_if import WhatIfPanel
@@ -32,7 +35,7 @@ _LIVE = (
     "show it when the cell is run; in Colab, first run <code>from google.colab import output; "
     "output.enable_custom_widget_manager()</code>. <code>bench.placement</code> says the same as a table."
 )
-_TABS = ("Load", "Generate", "Quantize", "Layers", "What if", "Compare", "Code")
+_TABS = ("Load", "Generate", "Quantize", "Layers", "What if", "Outliers", "Adapter", "Compare", "Code")
 
 
 @refuses_unknown
@@ -56,26 +59,31 @@ class Workbench(w.VBox):
         self._state = state = State(recipe or Recipe(), machine)
         self._preview = PreviewPanel(state)
         self._load = LoadPanel(state)
+        self._save = SavePanel(state)
         self._generate = GeneratePanel(state)
         self._quantize = QuantizePanel(state, self._preview.page, in_view=lambda: self._sees("Quantize"))
         self._tabs = classed(w.Tab(), "wb-tabs")
         self._code = CodePanel(state, in_view=lambda: self._sees("Code"))
         self._layers = TreePanel(state, in_view=lambda: self._sees("Layers"))
         self._what_if = WhatIfPanel(state, in_view=lambda: self._sees("What if"))
+        self._outliers = OutliersPanel(state, self._preview.page)
+        self._adapter = AdapterPanel(state, self._preview.page, in_view=lambda: self._sees("Adapter"))
         self._comparison = ComparePanel(state)
         self._tabs.children = [
-            self._load.box,
+            w.VBox([self._load.box, self._save.box]),
             self._generate.box,
             self._quantize.box,
             self._layers.box,
             self._what_if.box,
+            self._outliers.box,
+            self._adapter.box,
             self._comparison.box,
             self._code.box,
         ]
         for index, name in enumerate(_TABS):
             self._tabs.set_title(index, name)
         self._tabs.selected_index = 0
-        for each in (self._quantize, self._code, self._layers, self._what_if):
+        for each in (self._quantize, self._code, self._layers, self._what_if, self._adapter):
             self._tabs.observe(each.refresh, "selected_index")
         self._devices = DevicesPanel(state)
         self._precision = PrecisionPanel(state)
@@ -165,9 +173,12 @@ class Workbench(w.VBox):
         self._generate.close()
         self._model.close()
         self._load.close()
+        self._save.close()
         self._quantize.close()
         self._comparison.close()
         self._what_if.close()
+        self._outliers.close()
+        self._adapter.close()
         self._preview.close()
         self._state.close()
         for part in list(whole_tree(self))[:-1]:

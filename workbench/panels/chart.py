@@ -27,6 +27,11 @@ def _faded(colour: str, alpha: float) -> str:
     return f"rgba({red},{green},{blue},{alpha})"
 
 
+def _bars(spec: ChartSpec) -> list[tuple[object, ...]]:
+    """What plotly draws of the bars."""
+    return [(bar.label, bar.part_bytes, bar.kept_for, bar.width_bytes) for bar in spec.bars]
+
+
 class Chart:
     """The one plotly figure of a workbench, made once and updated in place.
 
@@ -47,14 +52,6 @@ class Chart:
             )
             for kind, _ in KINDS
         ]  # fmt: skip
-        limits = go.Scatter(
-            mode="markers", name="limit", xaxis="x", yaxis="y", hoverinfo="text",
-            marker={"symbol": "line-ns-open", "size": 15, "line": {"width": 2.5}}, cliponaxis=False,
-        )  # fmt: skip
-        texts = go.Scatter(
-            mode="text", name="text", xaxis="x", yaxis="y", hoverinfo="skip", textposition="middle right",
-            cliponaxis=False,
-        )  # fmt: skip
         # The mouse over the layers is the overlay's, which tells the keyboard's user the same.
         below = {"xaxis": "x2", "yaxis": "y2", "hoverinfo": "skip"}
         hatched = {"fillmode": "overlay", "size": 7, "solidity": 0.18, "fgopacity": 0.45}
@@ -71,7 +68,7 @@ class Chart:
         ]  # fmt: skip
         fixed = {"fixedrange": True, "zeroline": False}
         self.figure = go.FigureWidget(
-            data=[*bars, limits, texts, layers, pinned, *kinds],
+            data=[*bars, layers, pinned, *kinds],
             layout={
                 "template": "none", "barmode": "overlay", "bargap": 0.12, "showlegend": False, "dragmode": False,
                 "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "autosize": True,
@@ -90,7 +87,10 @@ class Chart:
         self._look: tuple[object, ...] | None = None
 
     def show(self, spec: ChartSpec, *, dark: bool, width_px: int = 0) -> None:
-        """Draw, in one message to the browser.
+        """Draw, in one message to the browser, or in none if nothing of it changed.
+
+        Limits and the texts above bars are the overlay's: while a limit is dragged little else moves, and plotly takes
+        as long for a little as for everything.
 
         Args:
             spec: What.
@@ -99,18 +99,22 @@ class Chart:
         """
         fig, before = self.figure, self._spec
         look = (spec.height_px, width_px, spec.ticks, len(spec.blocks), spec.unit, dark)
-        if (spec, look) == (before, self._look):
+        bars = before is None or _bars(before) != _bars(spec)
+        layers = before is None or before.blocks != spec.blocks
+        self._spec = spec
+        if not bars and not layers and look == self._look:
             return
         with fig.batch_update():
             # Assigning costs time even where nothing changes, and while a slider moves most of it stays.
             if before is None or [bar.label for bar in before.bars] != [bar.label for bar in spec.bars]:
                 self._draw_devices(spec)
-            self._draw_bars(spec)
-            if before is None or before.blocks != spec.blocks:
+            if bars:
+                self._draw_bars(spec)
+            if layers:
                 self._draw_layers(spec)
             if look != self._look:
                 self._lay_out(spec, dark=dark, width_px=width_px)
-        self._spec, self._look = spec, look
+        self._look = look
         # batch_update tells the browser, but a page that is reloaded later reads these two, and would find the figure
         # as it was made. They are set behind the traits' backs: the open page has drawn it all already.
         fig._trait_values["_widget_data"] = deepcopy(fig._data)  # noqa: SLF001 - there is no public way; a test guards it
@@ -127,8 +131,6 @@ class Chart:
             trace.marker.pattern.bgcolor = faded
             # A list: plotly.js takes a lone "/" for an empty regular expression.
             trace.marker.pattern.shape = [shape] * len(rows)
-        limits, texts = self.figure.data[len(KINDS) : len(KINDS) + 2]
-        limits.y, texts.y, texts.x = rows, [row - 0.42 for row in rows], [0.0] * len(rows)
 
     def _draw_bars(self, spec: ChartSpec) -> None:
         """How far everything reaches, as a share of each row's whole width."""
@@ -143,13 +145,9 @@ class Chart:
                 for bar in spec.bars
             ]
             left = [a + b for a, b in zip(left, shares, strict=True)]
-        limits, texts = self.figure.data[len(KINDS) : len(KINDS) + 2]
-        limits.x = [bar.limit_bytes / bar.width_bytes for bar in spec.bars]
-        limits.hovertext = [f"<b>{bar.label}</b> limit: {both(bar.limit_bytes)}" for bar in spec.bars]
-        texts.text = [bar.text for bar in spec.bars]
 
     def _draw_layers(self, spec: ChartSpec) -> None:
-        layers, pinned, *kinds = self.figure.data[len(KINDS) + 2 :]
+        layers, pinned, *kinds = self.figure.data[len(KINDS) :]
         places = list(range(len(spec.blocks)))
         by_kind = any(block.kind_bytes for block in spec.blocks)
         layers.visible = not by_kind
@@ -190,6 +188,4 @@ class Chart:
         ink, grid = ("#d9d9d9", "rgba(255,255,255,0.14)") if dark else ("#2b2b2b", "rgba(0,0,0,0.12)")
         layout.font = {"color": ink, "size": 12, "family": "system-ui, -apple-system, Segoe UI, sans-serif"}
         layout.yaxis2.gridcolor = layout.xaxis2.tickcolor = grid
-        limits = self.figure.data[len(KINDS)]
-        limits.marker.line.color = limits.marker.color = ink
-        self.figure.data[len(KINDS) + 3].marker.line.color = ink
+        self.figure.data[len(KINDS) + 1].marker.line.color = ink

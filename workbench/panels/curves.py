@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from html import escape
@@ -263,11 +264,14 @@ def sweep_svg(sweep: Sweep) -> str:
         return _across(budget_bytes / top)
 
     parts = [_axes(f"budget of {device_label(sweep.device)}")]
+    # Where it begins or ends to fit lies somewhere between two points.
+    budgets = [point.budget_bytes for point in sweep.points]
+    edges = [0, *((a + b) // 2 for a, b in itertools.pairwise(budgets)), top]
     parts += [
-        f'<rect class="wb-svg-bad" x="{x(a.budget_bytes):.1f}" y="{_TOP}" '
-        f'width="{x(b.budget_bytes) - x(a.budget_bytes):.1f}" height="{_HIGH - _TOP - _BOTTOM}"/>'
-        for a, b in zip(sweep.points, sweep.points[1:], strict=False)
-        if a.verdict == "does_not_fit"
+        f'<rect class="wb-svg-bad" x="{x(a):.1f}" y="{_TOP}" '
+        f'width="{x(b) - x(a):.1f}" height="{_HIGH - _TOP - _BOTTOM}"/>'
+        for (a, b), point in zip(itertools.pairwise(edges), sweep.points, strict=True)
+        if point.verdict == "does_not_fit"
     ]
     resident = [(x(p.budget_bytes), _up(p.resident)) for p in sweep.points if p.verdict != "does_not_fit"]
     speed = [

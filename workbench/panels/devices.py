@@ -304,7 +304,7 @@ class OwnMachine:
         )
         self.use.on_click(state.guarded("devices", lambda _: self._take(self.machine())))
         box = w.VBox([*self.fields.values(), self.use])
-        self.box = classed(w.Accordion([box], titles=("A machine of your own",)), "wb-advanced", "wb-own")
+        self.box = classed(w.Accordion([box], titles=("A machine of your own",)), "wb-knobs", "wb-own")
         self.box.selected_index = None
 
     def machine(self) -> Machine:

@@ -31,7 +31,8 @@ class LinesSpec:
         x: The places; None counts from 0.
         x_title: What they are.
         y_title: What the values are.
-        y_format: How the values are written, as d3 has it (".1%"); empty leaves it to plotly.
+        y_format: How the values are written, as d3 has it (".2%"); empty leaves it to plotly.
+        tick_format: The same for the numbers along the axis; empty is as the values.
         logarithmic: Whether the vertical axis is.
         levels: Name to a height at which a line is drawn straight across.
     """
@@ -41,6 +42,7 @@ class LinesSpec:
     y_title: str
     x: Sequence[float] | None = None
     y_format: str = ""
+    tick_format: str = ""
     logarithmic: bool = False
     levels: Mapping[str, float] | None = None
 
@@ -135,8 +137,8 @@ def lines_figure(spec: LinesSpec, *, dark: bool, height_px: int = 320) -> Any:
         line = {"color": ink, "dash": "longdash", "width": 1.2}
         lines.append(go.Scatter(x=ends, y=[height] * len(ends), name=name, mode="lines", line=line, hoverinfo="name+y"))
     vertical = {"title": {"text": spec.y_title}, "fixedrange": True, "gridcolor": grid, "zerolinecolor": grid}
-    if spec.y_format:
-        vertical["tickformat"] = spec.y_format
+    if spec.tick_format or spec.y_format:
+        vertical["tickformat"] = spec.tick_format or spec.y_format
     vertical |= {"type": "log", "dtick": 1} if spec.logarithmic else {"rangemode": "tozero"}
     figure = go.FigureWidget(
         data=lines,

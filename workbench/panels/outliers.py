@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
-from workbench.outliers import DEFAULT_THRESHOLD, outliers
+from workbench.int8_outliers import DEFAULT_THRESHOLD, outliers
 from workbench.panels.job import Job
 from workbench.panels.lines import LinesSpec, LinesView
 from workbench.panels.look import classed, html, problem_line, visible
 from workbench.precision import Int8
 
 if TYPE_CHECKING:
-    from workbench.outliers import OutlierReport
+    from workbench.int8_outliers import OutlierReport
     from workbench.panels.look import Page
     from workbench.panels.state import State
 

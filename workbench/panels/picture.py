@@ -484,6 +484,7 @@ def overlay(spec: ChartSpec, steps_gib: Mapping[str, tuple[float, float]]) -> di
                 "top": bar_top_px(row, rows),
                 "width_bytes": bar.width_bytes,
                 "limit_bytes": bar.limit_bytes,
+                "weights": bar.part_bytes[0] / bar.width_bytes,
                 "most_gib": steps_gib[bar.label][0],
                 "step_gib": steps_gib[bar.label][1],
                 "pinned": None if bar.pinned_bytes is None else bar.pinned_bytes / bar.width_bytes,

@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
+from workbench.casts import conversions
 from workbench.gptq_layers import with_fitting_groups
 from workbench.panels.look import classed, close_tree, html, panel, problem_line, text_field, visible
+from workbench.panels.skip import ModulePicker
 from workbench.panels.state import bind
-from workbench.precision import DTYPES, GPTQ, FourBit, FullPrecision, Int8
+from workbench.precision import (
+    DTYPES,
+    GPTQ,
+    HQQ,
+    QUANT_STORAGES,
+    FourBit,
+    FullPrecision,
+    Int8,
+    TorchAO,
+    is_installed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,19 +32,23 @@ if TYPE_CHECKING:
     from workbench.panels.state import State
     from workbench.precision import Precision
 
-METHODS = ("full", "int8", "nf4", "fp4", "gptq")
-_TIPS = (
-    "No quantization",
-    "LLM.int8(): linear weights in 8 bits, outliers in 16",
-    "4 bits, spaced for normally distributed weights",
-    "4-bit floating point",
-    "2 to 8 bits, rounded with text as a guide: the Quantize tab makes it, once, into a folder",
-)
+_METHODS: dict[str, tuple[Precision, str]] = {
+    "full": (FullPrecision(), "No quantization"),
+    "int8": (Int8(), "LLM.int8(): linear weights in 8 bits, outliers in 16; half the room, hardly any loss"),
+    "nf4": (FourBit(quant_type="nf4"), "4 bits, spaced for normally distributed weights; the usual choice for 4 bits"),
+    "fp4": (FourBit(quant_type="fp4"), "4-bit floating point: coarser than nf4; for comparison"),
+    "gptq": (GPTQ(), "2 to 8 bits, rounded with text as a guide: the Quantize tab makes it, once, into a folder"),
+    "torchao": (TorchAO(), "torchao's weight-only int8 (any device) and int4 (NVIDIA GPUs from Ampere on)"),
+    "hqq": (HQQ(), "Half-quadratic quantization: 1 to 8 bits without calibration text"),
+}
+# Methods that are offered only where their library is installed: most people have no use for them.
+_EXTRA = ("torchao", "hqq")
 _MOST_CHIPS = 24
+_GROUPS = (("32", 32), ("64", 64), ("128", 128), ("256", 256))
 
 
 def method_of(precision: Precision) -> str:
-    """Which of ``METHODS`` a precision is."""
+    """What the method's button says."""
     return precision.quant_type if isinstance(precision, FourBit) else precision.method
 
 
@@ -59,23 +75,31 @@ class PrecisionPanel:
     def __init__(self, state: State) -> None:
         self._state = state
         # What was last chosen for each method, so that looking at another one loses nothing.
-        self._last: dict[str, Precision] = {
-            "full": FullPrecision(),
-            "int8": Int8(),
-            "nf4": FourBit(quant_type="nf4"),
-            "fp4": FourBit(quant_type="fp4"),
-            "gptq": GPTQ(),
-        }
+        self._last: dict[str, Precision] = {name: precision for name, (precision, _) in _METHODS.items()}
+        offered = [name for name, (precision, _) in _METHODS.items() if name not in _EXTRA or is_installed(precision)]
+        used = method_of(state.recipe.precision)
+        offered += [used] if used not in offered else []
         self.chips: dict[str, Any] = {}
         self._offered: list[tuple[str, int]] = []
         self.method = classed(
-            w.ToggleButtons(options=METHODS, tooltips=_TIPS, value="full", description="Precision"),
+            w.ToggleButtons(
+                options=offered,
+                tooltips=[_METHODS[name][1] for name in offered],
+                value="full",
+                description="Precision",
+            ),
             "wb-precision",
             "wb-method",
             "wb-unseen-label",
         )
         self.dtype = classed(
-            w.Dropdown(description="Type", options=("auto", *DTYPES), tooltip=_TIPS[0]), "wb-dtype", "wb-wide"
+            w.Dropdown(
+                description="Type",
+                options=("auto", *DTYPES),
+                tooltip="The type of all weights; auto is what the model says of itself",
+            ),
+            "wb-dtype",
+            "wb-wide",
         )
         self.threshold = classed(
             w.FloatSlider(
@@ -84,7 +108,8 @@ class PrecisionPanel:
                 max=20.0,
                 step=0.5,
                 readout_format=".1f",
-                tooltip="Activations beyond this magnitude are multiplied in 16 bits; 0 switches that off",
+                tooltip="Outliers: columns of the hidden states in which a magnitude reaches this are multiplied in 16 "
+                "bits. Lower it if answers get worse, raise it for speed; 0 is off. The Outliers tab shows how many",
             ),
             "wb-threshold",
             "wb-wide",
@@ -93,7 +118,7 @@ class PrecisionPanel:
             w.Checkbox(
                 description="Double quantization",
                 indent=False,
-                tooltip="Quantize the scales too: 0.4 bits less a weight",
+                tooltip="Quantize the scales too: 0.4 bits less a weight, hardly any loss; off only to compare",
             ),
             "wb-double-quant",
         )
@@ -101,7 +126,8 @@ class PrecisionPanel:
             w.Dropdown(
                 description="Compute type",
                 options=("auto", *DTYPES),
-                tooltip="The type to multiply in; auto is the model's own",
+                tooltip="The type to multiply in; auto is the model's own. Pick float16 on GPUs before Ampere, which "
+                "have no bfloat16, or float32 for accuracy",
             ),
             "wb-compute-dtype",
             "wb-wide",
@@ -150,12 +176,43 @@ class PrecisionPanel:
             w.Checkbox(
                 description="fp32 CPU offload",
                 indent=False,
-                tooltip="Allow unquantized layers on the CPU or disk beside quantized ones on a GPU",
+                tooltip="Allow layers on the CPU or disk beside quantized ones on a GPU, where they stay unquantized: "
+                "when the GPU is too small even so",
             ),
             "wb-fp32-offload",
         )
+        self.has_fp16_weight = classed(
+            w.Checkbox(
+                description="Keep 16-bit weights",
+                indent=False,
+                tooltip="has_fp16_weight: quantize anew whenever they multiply. Only to train the weights themselves: "
+                "it takes more room than no quantization",
+            ),
+            "wb-has-fp16-weight",
+        )
+        self.quant_storage = classed(
+            w.Dropdown(
+                description="Stored as",
+                options=QUANT_STORAGES,
+                tooltip="bnb_4bit_quant_storage: as which type the packed bytes are declared. The size stays; training "
+                "with FSDP wants the model's own type",
+            ),
+            "wb-quant-storage",
+            "wb-wide",
+        )
+        self.ao_bits = _dropdown("Bits", (8, 4), "wb-ao-bits", "8 runs on any device, 4 on NVIDIA GPUs from Ampere on")
+        self.ao_group = _dropdown(
+            "Group size",
+            (("torchao's own", None), *_GROUPS),
+            "wb-ao-group",
+            "So many weights of a row share a scale: whole rows in 8 bits, 128 in 4",
+        )
+        self.hqq_bits = _dropdown("Bits", (8, 4, 3, 2, 1), "wb-hqq-bits", "Bits a weight; 4 is usual")
+        self.hqq_group = _dropdown("Group size", (("16", 16), *_GROUPS), "wb-hqq-group", "Weights that share a scale")
+        self._modules = ModulePicker(state)
+        self._casts = html("wb-note", "wb-casts")
         skip_label = html(value='<div title="Modules to leave unquantized">Skip modules (leave unquantized)</div>')
-        self._skip = w.VBox([skip_label, self._chips_box, self.skip_text, self._skip_note])
+        self._skip = w.VBox([skip_label, self._chips_box, self.skip_text, self._modules.box, self._skip_note])
         self._stored_note = html("wb-note", "wb-stored")
         self.box = panel(
             "Precision",
@@ -170,14 +227,22 @@ class PrecisionPanel:
                 self.group_size,
                 self.desc_act,
                 self.sym,
+                self.ao_bits,
+                self.ao_group,
+                self.hqq_bits,
+                self.hqq_group,
                 self._skip,
                 self.offload,
+                self.has_fp16_weight,
+                self.quant_storage,
+                self._casts,
                 problem_line(state, "precision"),
             ],
         )
         # First: the text for other names depends on which names have a button.
         state.observe(self._show_skips, ["recipe", "skeleton"])
         state.observe(self._show_method, ["recipe", "skeleton"])
+        state.observe(self._show_casts, ["recipe", "skeleton", "placement"])
         self._tie()
         self._show_method()
         self._show_skips()
@@ -197,8 +262,8 @@ class PrecisionPanel:
             (self.double_quant, "double_quant"),
             (self.compute_dtype, "compute_dtype"),
             (self.offload, "fp32_cpu_offload"),
-            (self.bits, "bits"),
-            (self.group_size, "group_size"),
+            (self.has_fp16_weight, "has_fp16_weight"),
+            (self.quant_storage, "quant_storage"),
             (self.desc_act, "desc_act"),
             (self.sym, "sym"),
         ):
@@ -210,6 +275,24 @@ class PrecisionPanel:
                 show=lambda control=control, option=option: getattr(state.recipe.precision, option, control.value),  # type: ignore[misc]
                 write=lambda value, option=option: self._set(**{option: value}),  # type: ignore[misc]
             )
+        kinds = (
+            (self.bits, self.group_size, GPTQ),
+            (self.ao_bits, self.ao_group, TorchAO),
+            (self.hqq_bits, self.hqq_group, HQQ),
+        )
+        for bits, group, kind in kinds:  # others have options of these names with other values
+            for control, option in ((bits, "bits"), (group, "group_size")):
+                bind(
+                    control,
+                    state,
+                    "precision",
+                    show=lambda control=control, option=option, kind=kind: (  # type: ignore[misc]
+                        getattr(state.recipe.precision, option)
+                        if isinstance(state.recipe.precision, kind)
+                        else control.value
+                    ),
+                    write=lambda value, option=option: self._set(**{option: value}),  # type: ignore[misc]
+                )
         bind(
             self.skip_text,
             state,
@@ -267,6 +350,23 @@ class PrecisionPanel:
         visible(self.compute_dtype, when=isinstance(precision, FourBit))
         visible(self._skip, when=not isinstance(precision, FullPrecision) and stored is None)
         visible(self.offload, when=isinstance(precision, (Int8, FourBit)))
+        visible(self.has_fp16_weight, when=isinstance(precision, Int8))
+        visible(self.quant_storage, when=isinstance(precision, FourBit))
+        for control in (self.ao_bits, self.ao_group):
+            visible(control, when=isinstance(precision, TorchAO))
+        for control in (self.hqq_bits, self.hqq_group):
+            visible(control, when=isinstance(precision, HQQ))
+
+    def _show_casts(self, _: object = None) -> None:
+        state = self._state
+        text = ""
+        if state.is_current and state.skeleton is not None:
+            first, *rest = conversions(state.skeleton, state.recipe.precision) or ("",)
+            if first:
+                lines = "".join(f"<div>{escape(line)}</div>" for line in rest)
+                text = f"<details><summary>{escape(first)}</summary>{lines}</details>"
+        if self._casts.value != text and (text or state.skeleton is None):
+            self._casts.value = text
 
     def _show_skips(self, _: object = None) -> None:
         skeleton = self._state.skeleton
@@ -346,3 +446,7 @@ class WorkloadPanel:
                     workload=dataclasses.replace(state.recipe.workload, **{option: value})
                 ),
             )
+
+
+def _dropdown(label: str, options: tuple[Any, ...], name: str, tip: str) -> Any:
+    return classed(w.Dropdown(description=label, options=options, tooltip=tip), name, "wb-wide")

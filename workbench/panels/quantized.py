@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import re
-from copy import deepcopy
 from html import escape
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
 from workbench.hardware import format_bytes
-from workbench.panels.look import classed, close_tree, html
+from workbench.panels.lines import LinesSpec, LinesView
+from workbench.panels.look import html
 
 if TYPE_CHECKING:
     from workbench.gptq import ModuleReport, QuantizeReport
     from workbench.panels.look import Page
 
 _MOST_WORST = 5
-_HEIGHT_PX = 320
-# Okabe and Ito's, which colour-blind people can tell apart; symbols and dashes do it without colour.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8D91")
-_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star", "pentagon")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
 class QuantizedView:
@@ -33,40 +27,22 @@ class QuantizedView:
 
     Attributes:
         box: What is shown.
-        figure: Plotly's, or None.
     """
 
     def __init__(self, page: Page) -> None:
-        self._page = page
-        self._report: QuantizeReport | None = None
-        self.figure: Any = None
         self._text = html("wb-quantize-report")
-        self._holder = classed(w.Box([]), "wb-quantize-chart")
-        self.box = w.VBox([self._text, self._holder])
-        page.observe(lambda _: self.show(self._report), "dark")
-        page.observe(self._fit, "width_px")
+        self._chart = LinesView(page, "wb-quantize-chart")
+        self.box = w.VBox([self._text, self._chart.box])
+
+    @property
+    def figure(self) -> Any:
+        """Plotly's, or None."""
+        return self._chart.figure
 
     def show(self, report: QuantizeReport | None) -> None:
-        """Show a report, with a figure of its own: a new run is rare, and an old figure does not forget its lines."""
-        old, self.figure, self._report, failed = self.figure, None, report, ""
-        if report is not None:
-            try:
-                self.figure = error_figure(error_series(report), dark=self._page.dark)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with plotly, the table will do
-                failed = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        self._fit()
-        self._holder.children = () if self.figure is None else (self.figure,)  # after it was made: Colab needs that
-        self._text.value = "" if report is None else report_as_html(report, failed)
-        if old is not None:
-            close_tree(old)
-
-    def _fit(self, _: object = None) -> None:
-        """Make the figure as wide as its place, on the page that is open and on one that comes later."""
-        figure = self.figure
-        self._holder.layout.height = None if figure is None else f"{_HEIGHT_PX}px"
-        if figure is not None:
-            figure.layout.width = self._page.width_px or None
-            figure._trait_values["_widget_layout"] = deepcopy(figure._layout_obj._props)  # noqa: SLF001 - as in chart.py
+        """Show a report, with a figure of its own."""
+        self._chart.show(None if report is None else error_spec(error_series(report)))
+        self._text.value = "" if report is None else report_as_html(report, self._chart.failed)
 
 
 def worst_modules(report: QuantizeReport) -> tuple[ModuleReport, ...]:
@@ -84,40 +60,13 @@ def error_series(report: QuantizeReport) -> dict[str, list[float | None]]:
     return series
 
 
-def error_figure(series: dict[str, list[float | None]], *, dark: bool) -> Any:
-    """Plotly's lines of error over the layers, a line for each kind of module.
+def error_spec(series: dict[str, list[float | None]]) -> LinesSpec:
+    """Lines of error over the layers, one for each kind of module.
 
     Args:
         series: As :func:`error_series` gives it.
-        dark: For a dark page.
     """
-    import plotly.graph_objects as go
-
-    ink, grid = ("#d9d9d9", "rgba(255,255,255,0.14)") if dark else ("#2b2b2b", "rgba(0,0,0,0.12)")
-    looks = zip(series.items(), cycle(_COLOURS), cycle(_SYMBOLS), cycle(_DASHES), strict=False)
-    lines = [
-        go.Scatter(
-            x=list(range(len(errors))), y=errors, name=kind, mode="lines+markers", connectgaps=False,
-            line={"color": colour, "dash": dash, "width": 1.5}, marker={"symbol": symbol, "size": 6},
-            hovertemplate="layer %{x}, " + kind + ": %{y:.2%}<extra></extra>",
-        )
-        for (kind, errors), colour, symbol, dash in looks
-    ]  # fmt: skip
-    figure = go.FigureWidget(
-        data=lines,
-        layout={
-            "template": "none", "height": _HEIGHT_PX, "autosize": True, "dragmode": False,
-            "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"color": ink, "size": 12, "family": "system-ui, -apple-system, Segoe UI, sans-serif"},
-            "margin": {"t": 8, "b": 44, "l": 56, "r": 8}, "showlegend": True,
-            "xaxis": {"title": {"text": "layer"}, "fixedrange": True, "zeroline": False, "gridcolor": grid,
-                      "tickformat": "d", "dtick": max(1, len(next(iter(series.values()))) // 10)},
-            "yaxis": {"title": {"text": "output error"}, "fixedrange": True, "rangemode": "tozero",
-                      "tickformat": ".1%", "gridcolor": grid, "zerolinecolor": grid},
-        },
-    )  # fmt: skip
-    figure._config = {"displayModeBar": False}  # noqa: SLF001 - plotly's only way to set it
-    return figure
+    return LinesSpec(series=series, x_title="layer", y_title="output error", y_format=".2%", tick_format=".1%")
 
 
 def report_as_html(report: QuantizeReport, without_figure: str = "") -> str:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from workbench.casts import left_alone
 from workbench.model import refuses_unknown
 from workbench.precision import Int8
 from workbench.session import in_worker
@@ -101,10 +102,9 @@ class OutlierReport:
         """The findings in plain sentences."""
         worst = max(self.modules, key=lambda m: m.largest)
         dearest = max(self.modules, key=lambda m: m.above(self.threshold) / len(m.peaks))
-        said = [
-            f"{self.tokens} tokens: magnitudes up to {worst.largest:.4g} (into {worst.name}); half of all columns stay "
-            f"below {sorted(m.typical for m in self.modules)[len(self.modules) // 2]:.2g}."
-        ]
+        half = sorted(m.typical for m in self.modules)[len(self.modules) // 2]
+        up_to = f"{self.tokens} tokens: magnitudes up to {worst.largest:.4g} (into {worst.name})"
+        said = [f"{up_to}; half of all columns stay below {half:.2g}."]
         if self.threshold <= 0:
             said.append("At threshold 0 everything is multiplied in 8 bits.")
             return tuple(said)
@@ -144,7 +144,8 @@ def _read(session: Session, prompt: str, threshold: float) -> OutlierReport:
     inputs = session._encode(prompt, None)  # noqa: SLF001 - one package
     skeleton, model = session.skeleton, session.model
     plain = skeleton.plain_model().module
-    skipped = _skipped(session)
+    precision = session.placement.precision
+    skipped = left_alone(skeleton, precision if isinstance(precision, Int8) else Int8())
     names = [name for name in skeleton.linear_modules if name not in skipped]
     peaks: dict[str, Any] = {}
 
@@ -180,17 +181,6 @@ def _read(session: Session, prompt: str, threshold: float) -> OutlierReport:
             if name in peaks  # an expert that no token asked for says nothing
         ),
     )
-
-
-def _skipped(session: Session) -> set[str]:
-    """The linear modules that int8 leaves alone: those that the recipe names, or transformers' own choice."""
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    skeleton, precision = session.skeleton, session.placement.precision
-    if isinstance(precision, Int8) and precision.skip_modules:
-        named = list(precision.skip_modules)
-        return {name for name in skeleton.linear_modules if not should_convert_module(name, named)}
-    return set(skeleton.default_skips)
 
 
 def _layer_of(name: str, order: dict[str, int]) -> int | None:
