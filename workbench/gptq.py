@@ -9,7 +9,7 @@ import math
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from workbench.model import refuses_unknown
 from workbench.precision import GPTQ, precision_to_dict
 from workbench.session import Cancelled, Progress, in_worker
 from workbench.skeleton import read_skeleton, turn
+from workbench.threads import SpareThreads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -231,6 +232,7 @@ class _Job:
     machine: Machine | None
     progress: Callable[[QuantizeProgress | Progress], None]
     cancel: threading.Event
+    spare: SpareThreads = field(init=False)
 
     @property
     def work(self) -> Path:
@@ -276,7 +278,7 @@ class _Job:
             # accelerate's own offload, whose copies of the weights can be changed.
             session = load(full, machine=self.machine, progress=self.progress, cancel=self.cancel, offload="accelerate")
             try:
-                with turn.work():
+                with turn.work(), SpareThreads() as self.spare:
                     return self._quantize(session, tokenizer, sequences, held_back, finished)
             finally:
                 session.unload()
@@ -347,6 +349,7 @@ class _Job:
     def _pause(self) -> None:
         self.check()
         turn.pause()
+        self.spare.look()
 
     def _layers(self, layers: Any, finished: int) -> list[ModuleReport]:
         """Quantize every layer, each into a file of its own; those that are there already are only taken over."""
