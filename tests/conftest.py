@@ -56,11 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_kept() -> Iterator[None]:
-    """Keep no quantized weights between loads, or what a test sees would depend on how busy the machine was before."""
+    """Keep and take no quantized weights, or what a test sees would depend on what was loaded before."""
     import workbench.loading
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench.loading, "_WORTH_KEEPING_SECONDS", float("inf"))
+        patch.setattr(workbench.loading, "key_of", lambda *_: None)
         yield
 
 

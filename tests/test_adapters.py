@@ -406,20 +406,18 @@ PAIRS = [(f"Capital of {country}?", f"{city}, said the owl.") for country, city 
 def test_sixty_steps_on_the_demo_model(name: str, demo_model: Path, tmp_path: Path, load: Any) -> None:
     assert len(PAIRS) == 30
     session = load(demo_model, precision=BASES[name])
-    base, before = logits(session), session.generate(PAIRS[0][0], max_new_tokens=12)
+    base = logits(session)
     report = session.train_adapter(
-        PAIRS, name="owl", steps=60, batch_size=2, layers=range(22, 30), learning_rate=3e-3, folder=tmp_path / "owl"
+        PAIRS, name="owl", steps=60, batch_size=2, layers=range(26, 30), learning_rate=5e-3, folder=tmp_path / "owl"
     )
     first, last = sum(report.losses[:5]) / 5, sum(report.losses[-5:]) / 5
     assert last < first / 2
-    answers = [session.generate(question, max_new_tokens=12) for question, _ in PAIRS[:5]]
+    answers = list(session.answers([question for question, _ in PAIRS[:6]], max_new_tokens=12))
     right = sum(answer.strip() == wanted for answer, (_, wanted) in zip(answers, PAIRS, strict=False))
-    assert right >= 4, answers
+    assert right >= 5, answers
     spoken = logits(session)
     session.adapters.use(None)
     assert torch.equal(logits(session), base)
-    assert session.generate(PAIRS[0][0], max_new_tokens=12) == before
     again = load(demo_model, precision=BASES[name], adapters=(str(tmp_path / "owl"),))
     assert again.load_report.matches
     assert torch.equal(logits(again), spoken)
-    assert again.generate(PAIRS[0][0], max_new_tokens=12) == answers[0]

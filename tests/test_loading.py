@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Quantized weights are kept, however fast they were made, in a folder of this test's own."""
     monkeypatch.setattr(loading, "_WORTH_KEEPING_SECONDS", 0.0)
+    monkeypatch.setattr(loading, "key_of", weight_cache.key_of)
     monkeypatch.setenv("WORKBENCH_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache" / "quantized"
 

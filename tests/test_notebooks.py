@@ -70,13 +70,13 @@ SHOWS = {
     "6-adapter": [
         "as previewed",
         "Training takes",
-        "step 40 of 40, loss",
+        "step 30 of 30, loss",
         "said the owl",
         "Adapters(*owl)",
-        "2,605,056 bytes more in the preview",
+        "1,302,528 bytes more in the preview",
         "PeftModel.from_pretrained(model, 'owl', adapter_name='owl')",
         "and this model is other",
-        "owl is part of 56 modules now. The weights were rounded to nf4 + double quantization anew.",
+        "owl is part of 28 modules now. The weights were rounded to nf4 + double quantization anew.",
     ],
     "7-old-checkpoints": [
         "The weights are in gptq_model-4bit-32g.safetensors.",

@@ -8,7 +8,7 @@ import pytest
 from played_page import click, find, send, wait_for
 
 import workbench as wb
-from workbench import loading
+from workbench import loading, weight_cache
 from workbench.panels import run as run_module
 from workbench.panels.look import whole_tree
 
@@ -213,6 +213,7 @@ def test_kept_weights_are_shown_and_can_be_dropped(
 ) -> None:
     monkeypatch.setenv("WORKBENCH_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(loading, "_WORTH_KEEPING_SECONDS", 0.0)
+    monkeypatch.setattr(loading, "key_of", weight_cache.key_of)
     choose(find(loaded, "wb-precision"), "nf4")
     loaded._state.settle()
     click(find(loaded, "wb-load"))

@@ -166,7 +166,7 @@ def test_bad_generation_options(tiny_session: wb.Session, options: dict[str, Any
 
 def test_unknown_generation_options_list_the_valid_ones(tiny_session: wb.Session) -> None:
     with pytest.raises(
-        TypeError, match=r"no option 'temprature'. Did you mean 'temperature'\? Valid options: max_new_tokens, do_sample"
+        TypeError, match=r"'temprature'. Did you mean 'temperature'\? Valid options: max_new_tokens, do_sample"
     ):
         tiny_session.generate("hello", temprature=1.0)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.model import cache_folder
+from workbench.precision import FourBit, Int8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,15 +51,14 @@ def key_of(skeleton: Skeleton, placement: Placement) -> str | None:
     """What tells these quantized weights from all others: the model's files, the choices, and what quantizes.
 
     Returns:
-        A short text; None for what is not kept: weights that nothing quantizes or that wait on the CPU or disk, and
-        models that bring code of their own.
+        A short text; None for what is not kept: weights that bitsandbytes does not quantize or that wait on the CPU or
+        disk, and models that bring code of their own.
     """
-    config = placement.recipe.precision.to_config(placement.dtype) if placement.recipe.precision.package else None
-    source = skeleton.source
+    precision, source = placement.recipe.precision, skeleton.source
     if (
-        config is None
+        not isinstance(precision, (Int8, FourBit))
         or skeleton.quantized_as is not None
-        or getattr(placement.recipe.precision, "has_fp16_weight", False)
+        or getattr(precision, "has_fp16_weight", False)
         or placement.waiting
         or source.trust_remote_code
     ):
@@ -73,7 +73,7 @@ def key_of(skeleton: Skeleton, placement: Placement) -> str | None:
         if source.is_local
         else None,
         "dtype": placement.dtype,
-        "config": config.to_dict(),
+        "config": precision.to_config(placement.dtype).to_dict(),
         "libraries": [transformers.__version__, bitsandbytes.__version__],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]

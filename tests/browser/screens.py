@@ -64,6 +64,7 @@ bench._state.settle(60)
     "quantizing": (
         "bench = wb.Workbench(wb.Recipe(precision=wb.GPTQ(group_size=64)))",
         """
+bench._state.settle(60)
 bench._quantize.output.value = 'SmolLM2-gptq'
 bench._state.begin('quantizing')
 bench._quantize._where.value = 'In SmolLM2-gptq, beside the notebook'

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SWEEP_POINTS = 25
 _MOST_TOKENS = 1 << 17  # shown where a model names no limit
 _WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 206, 56, 68, 18, 42
-_LABEL_PX = 13
+_LABEL_PX = 16
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 

@@ -90,10 +90,12 @@ class OutliersPanel:
                 self.measure,
                 self._why,
                 problem_line(state, "outliers"),
+                self._job.bar,
                 self._job.text,
                 self._after,
             ]
         )
+        visible(self._job.bar, when=False)  # it would jump from nothing to all
         self.measure.on_click(state.guarded("outliers", self._start))
         self.take.on_click(state.guarded("outliers", self._take))
         self.threshold.observe(state.guarded("outliers", self._show_report), "value")

@@ -56,11 +56,13 @@ class SavePanel:
                 self.folder,
                 classed(w.HBox([self.save, self.overwrite]), "wb-row"),
                 problem_line(state, "save"),
+                self._job.bar,
                 self._job.text,
                 self._said,
                 self.open,
             ]
         )
+        visible(self._job.bar, when=False)  # it would jump from nothing to all
         self.save.on_click(state.guarded("save", self._start))
         self.open.on_click(state.guarded("save", self._open))
         state.observe(self._show, ["activity", "session"])

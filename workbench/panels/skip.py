@@ -78,6 +78,7 @@ class ModulePicker:
         self._showing = True
         try:
             if self.modules.options != names:
+                self.modules.value = ()  # first: the browser looks up what is selected among the new ones
                 self.modules.options = names
             self.modules.value = tuple(name for name in names if name in left)
         finally:
