@@ -82,7 +82,7 @@ def test_with_changes_one_choice() -> None:
         ({"max_memory": {1.5: "1GiB"}}, "A device is a GPU's number"),
         ({"model": ""}, "Name a model"),
         ({"model": 7}, "named by text or a ModelRef"),
-        ({"precision": "int8"}, r"precision is one of FullPrecision\(\), Int8\(\), FourBit\(\), GPTQ\(\), TorchAO\(\), HQQ\(\), not"),
+        ({"precision": "int8"}, r"precision is one of FullPrecision\(\), .*, TorchAO\(\), HQQ\(\), not"),
         ({"workload": 2048}, "workload is Workload"),
     ],
 )

@@ -413,9 +413,7 @@ class GPTQ(_RunsAnywhere):
 # ``to_config()``, the exact ``quantized_bytes()`` of a weight, ``refused_because()`` for what it cannot run on, and
 # ``to_python()`` with ``config_class`` and ``imports`` for exported programs. One more is one more class in this list.
 Precision = FullPrecision | Int8 | FourBit | GPTQ | TorchAO | HQQ
-PRECISIONS: dict[str, type[Precision]] = {
-    cls.method: cls for cls in (FullPrecision, Int8, FourBit, GPTQ, TorchAO, HQQ)
-}
+PRECISIONS: dict[str, type[Precision]] = {cls.method: cls for cls in (FullPrecision, Int8, FourBit, GPTQ, TorchAO, HQQ)}
 
 
 def is_installed(precision: Precision | type[Precision]) -> bool:
