@@ -91,15 +91,18 @@ def test_memory_of_a_training(session: wb.Session) -> None:
         assert row in page, row
 
 
-@pytest.mark.parametrize("page", ["int8", "four-bit", "adapters"])
-def test_its_program_runs(page: str, demo_model: Path, tmp_path: Path) -> None:
-    (program,) = re.findall(r"^```python\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
+def test_their_programs_run(demo_model: Path, tmp_path: Path) -> None:
+    """One after the other, in one process."""
+    programs = [
+        re.findall(r"^```python\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
+        for page in ("int8", "four-bit", "adapters")
+    ]
+    assert [len(found) for found in programs] == [1, 1, 1]
+    program = "\n".join(found[0] + "session.unload()\n" for found in programs)
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    if page == "adapters":
-        assert "Training takes" in done.stdout
-        assert (tmp_path / "owl" / "adapter_config.json").is_file()
-    else:
-        assert "Paris" in done.stdout
-        (made,) = tmp_path.iterdir()
-        assert wb.read_skeleton(str(made)).quantized_as is not None
+    assert done.stdout.count("Paris") == 2
+    assert "of the multiplications are in 16 bits" in done.stdout
+    assert "Training takes" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-int8", "demo-nf4", "owl"]
+    assert wb.read_skeleton(str(tmp_path / "demo-nf4")).quantized_as == "bitsandbytes nf4 + double quantization"

@@ -19,6 +19,7 @@ from workbench.four_bit import unpack
 from workbench.model import refuses_unknown
 from workbench.session import Cancelled, Progress, in_worker
 from workbench.skeleton import turn
+from workbench.threads import SpareThreads
 from workbench.training_memory import TrainingPlan, plan_training, upcasts
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ class _Job:
         device = session._input_device()  # noqa: SLF001 - the session's own business, one package
         pad = getattr(session.tokenizer, "pad_token_id", None) or 0
         began = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), SpareThreads() as spare:
             while len(losses) < options.steps:
                 step = len(losses)
                 try:
@@ -292,6 +293,7 @@ class _Job:
                     )
                 )
                 turn.pause()
+                spare.look()
         return losses, resumed
 
     def _stop_here(self) -> None:

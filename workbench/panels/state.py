@@ -35,7 +35,7 @@ class _Answer:
     placement: Placement
 
 
-_REST_SECONDS = 0.15
+_REST_SECONDS = 0.5  # more than what lies between two steps of a slider on a busy machine
 
 
 class State(HasTraits):
