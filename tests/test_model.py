@@ -125,7 +125,7 @@ def test_a_hub_model_is_previewed_without_its_weights_and_then_loaded(tiny_llama
             "print(json.dumps([stages, max(s.done for s in downloads), session.load_report.matches]))",
         )
         size = (tiny_llama / "model.safetensors").stat().st_size
-        assert steps == [["plan", "download", "read", "check"], size, True]
+        assert steps == [["resolve", "download", "read", "check"], size, True]
         assert hub.sent_bytes(".safetensors") == size
 
 
