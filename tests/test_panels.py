@@ -505,7 +505,7 @@ def test_an_error_in_a_callback_is_seen_and_the_next_move_works(
 ) -> None:
     assert bench._preview.chart is not None
     with monkeypatch.context() as broken:
-        broken.setattr(bench._preview.chart, "figure", None)
+        broken.setattr(bench._preview.hands, "touch", None)
         send(find(bench, "wb-memory-cuda-0"), value=2.5)
         assert error_in(bench, "devices").startswith("Something went wrong here (AttributeError: ")
     send(find(bench, "wb-memory-cuda-0"), value=3.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
@@ -401,7 +402,7 @@ def _ticks(names: list[str], width_px: int) -> tuple[int, ...]:
     numbered = [i for i, name in enumerate(names) if name.isdecimal()]
     most = max(1, min(_MOST_TICKS, width_px // _TICK_PX))
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if len(numbered) / s <= most)
-    apart = max(1, count * _TICK_PX // width_px)  # blocks that a name takes
+    apart = max(1, math.ceil(count * _TICK_PX / width_px))  # blocks that a name takes
     chosen = [0] if count else []
     if count > 1:
         chosen.append(count - 1)
