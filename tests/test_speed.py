@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,6 +65,17 @@ def test_no_estimate_is_better_than_a_guess(tiny_llama: Path) -> None:
     recipe = wb.Recipe(model=str(tiny_llama), precision=wb.Int8())
     assert speed(recipe, wb.Machine.preset("RTX 4090")) is None
     assert speed(wb.Recipe(model=str(tiny_llama), max_memory={"cpu": "1KiB"})) is None
+
+
+def test_measurements_that_make_no_sense_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "calibration.json"
+    monkeypatch.setattr("workbench.speed._calibration_file", lambda: file)
+    file.write_text(json.dumps(asdict(_TYPICAL)))
+    assert known_calibration() == _TYPICAL
+    file.write_text(json.dumps(asdict(replace(_TYPICAL, small_bytes_per_s={"bfloat16": 11e9, "float32": -4e9}))))
+    assert known_calibration() is None
+    file.write_text("{")
+    assert known_calibration() is None
 
 
 def test_loads_by_hand(tiny_llama: Path) -> None:

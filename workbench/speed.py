@@ -79,6 +79,15 @@ class Calibration:
     quantize_weights_per_s: dict[str, float]
     flops_per_s: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def makes_sense(self) -> bool:
+        """Whether no time is negative and every rate is one: a file may be of another version, or damaged."""
+        for name, value in asdict(self).items():
+            numbers = value.values() if isinstance(value, dict) else (value,)
+            if any(n < 0 or (n == 0 and name.endswith("_per_s")) for n in numbers):
+                return False
+        return True
+
     def read_seconds(self, size_bytes: int, kind: str) -> float:
         """Seconds to multiply by one matrix of so many bytes, in a dtype or quantized with a method."""
         dtype = kind if kind in self.large_bytes_per_s else "bfloat16"
@@ -311,9 +320,10 @@ def known_calibration() -> Calibration | None:
 def _read_calibration(file: Path, changed_ns: int) -> Calibration | None:  # noqa: ARG001 - a changed file is another one
     """Every move of a slider asks for it, so it is read only when it has changed."""
     try:
-        return Calibration(**json.loads(file.read_text(encoding="utf-8")))
+        found = Calibration(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    return found if found.makes_sense else None
 
 
 def calibrate() -> Calibration:
@@ -342,7 +352,7 @@ def _measure() -> Calibration:
     wide = _Tiny(layers=8, hidden=512)
     with torch.no_grad():
         fast, slow = narrow[8].step_seconds("cpu"), narrow[24].step_seconds("cpu")
-        module_seconds = (slow - fast) / (narrow[24].leaves - narrow[8].leaves)
+        module_seconds = max(0.0, slow - fast) / (narrow[24].leaves - narrow[8].leaves)
         small, large = {}, {}
         for dtype in ("bfloat16", "float32"):
             extra = wide.step_seconds("cpu", dtype) - narrow[8].step_seconds("cpu", dtype)
@@ -350,7 +360,7 @@ def _measure() -> Calibration:
             small[dtype] = _rate(wide.size_bytes(dtype) - narrow[8].size_bytes(dtype), extra)
         fetch = {n: (tiny.step_seconds("disk") - tiny.step_seconds("cpu")) / tiny.tensors for n, tiny in narrow.items()}
         header_seconds = max(0.0, (fetch[24] - fetch[8]) / (narrow[24].tensors - narrow[8].tensors))
-        fetch_seconds = fetch[8] - header_seconds * narrow[8].tensors
+        fetch_seconds = max(0.0, fetch[8] - header_seconds * narrow[8].tensors)
         copying = wide.step_seconds("disk") - wide.step_seconds("cpu") - wide.tensors * fetch[8]
         token_seconds = max(0.0, narrow[8].generate_seconds() - fast)
         loads = {n: tiny.load_seconds["cpu", "bfloat16"] for n, tiny in narrow.items()}

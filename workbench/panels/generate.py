@@ -273,6 +273,8 @@ class GeneratePanel:
             for piece in ask():
                 if self._halt.is_set():  # again: the first time may have come before there was anything to stop
                     session.stop()
+                if not text:
+                    self._stats.value = "Answering ..."
                 text, unsent, now = text + piece, unsent + piece, time.monotonic()
                 if now - sent_at >= _APART_SECONDS:
                     self.answer.add(unsent)
