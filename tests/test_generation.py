@@ -249,7 +249,7 @@ def test_what_exceeds_the_preview_alone_is_said(tiny: wb.Session) -> None:
 
 def test_a_turn_goes_on_from_the_last_one_and_says_the_same(demo: wb.Session) -> None:
     chat = demo.chat(system="You answer in one sentence.")
-    story = "Here is a story. " + "The fox ran over the hill and the dog ran after it. " * 20
+    story = "Here is a story. " + "The fox ran over the hill and the dog ran after it. " * 50
     "".join(chat.send(story + "What ran first?", max_new_tokens=10))
     for question in ("Who ran after it?", "Was it a hill?"):
         said = "".join(chat.send(question, max_new_tokens=10))

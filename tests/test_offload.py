@@ -107,7 +107,7 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_llama(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A copy whose files may be damaged."""
+    """A copy whose files may be damaged, and that no other test has mapped."""
     return Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
 
 
@@ -507,10 +507,10 @@ def test_layers_that_are_skipped_or_swapped(wide_llama: Path) -> None:
         theirs.unload()
 
 
-def test_two_sessions_at_once(wide_llama: Path, tiny_llama: Path) -> None:
+def test_two_sessions_at_once(wide_llama: Path, own_llama: Path) -> None:
     first = load(wide_llama, max_memory={"cpu": "30MiB", "disk": "1GiB"}, **layers_on_disk(12))
     second = load(wide_llama, **layers_on_disk(12, first=6))
-    third = load(tiny_llama, **DISK)
+    third = load(own_llama, **DISK)
     expected = [logits(session) for session in (first, second, third)]
     assert same(expected[0], expected[1])
     for _ in range(2):
@@ -522,7 +522,7 @@ def test_two_sessions_at_once(wide_llama: Path, tiny_llama: Path) -> None:
         assert same(logits(third), expected[2])
     first.unload()
     third.unload()
-    assert traces(wide_llama) + traces(tiny_llama) == []
+    assert traces(wide_llama) + traces(own_llama) == []
 
 
 def test_unloading_leaves_nothing(wide_llama: Path) -> None:
@@ -536,8 +536,8 @@ def test_unloading_leaves_nothing(wide_llama: Path) -> None:
     assert not folder.exists()
 
 
-def test_a_model_that_outlives_its_session_works(tiny_llama: Path) -> None:
-    session = load(tiny_llama, **DISK)
+def test_a_model_that_outlives_its_session_works(own_llama: Path) -> None:
+    session = load(own_llama, **DISK)
     expected = logits(session)
     model, session_model = session.model, session
     session.unload()
@@ -545,7 +545,7 @@ def test_a_model_that_outlives_its_session_works(tiny_llama: Path) -> None:
     assert same(logits(session_model), expected)
     session_model.model = model = None
     gc.collect()
-    assert traces(tiny_llama) == []
+    assert traces(own_llama) == []
 
 
 def test_a_session_that_is_collected_while_it_streams(own_llama: Path) -> None:
