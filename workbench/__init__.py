@@ -10,33 +10,51 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.adapters import Adapter, read_adapter
 from workbench.calibration import CalibrationText
-from workbench.chat import Chat
 from workbench.compare import Fit, what_fits
 from workbench.generation import ContextUse, GenerationOptions, GenerationStats
-from workbench.gptq import QuantizeProgress, QuantizeReport, quantize
-from workbench.gptq_plan import QuantizePlan, plan_quantization
 from workbench.hardware import Device, Machine
-from workbench.int8_outliers import OutlierReport, outliers
 from workbench.load_guard import DoesNotFit
 from workbench.loading import load
 from workbench.model import ModelRef, fetch_demo_model
 from workbench.placement import DeviceMemory, Layer, Placement, place
 from workbench.precision import GPTQ, HQQ, FourBit, FullPrecision, Int8, TorchAO
-from workbench.reasons import Reason, why
 from workbench.recipe import Recipe
 from workbench.session import Cancelled, LoadReport, Progress, Session
 from workbench.skeleton import Skeleton, read_skeleton
 from workbench.speed import Calibration, Speed, calibrate, predict_load_seconds, predict_speed
-from workbench.training import TrainingOptions, TrainingProgress, TrainingReport
-from workbench.training_memory import TrainingPlan
 from workbench.weight_cache import KeptWeights, kept_weights
 from workbench.weight_cache import empty as empty_kept_weights
 from workbench.workload import Workload
 
 if TYPE_CHECKING:
+    from workbench.chat import Chat
+    from workbench.gptq import QuantizeProgress, QuantizeReport, quantize
+    from workbench.gptq_plan import QuantizePlan, plan_quantization
+    from workbench.int8_outliers import OutlierReport, outliers
     from workbench.panels import Workbench
+    from workbench.reasons import Reason, why
+    from workbench.training import TrainingOptions, TrainingProgress, TrainingReport
+    from workbench.training_memory import TrainingPlan
 
 __version__ = "0.1.0"
+
+# What not every program uses is imported when it is asked for: making its classes takes a quarter of the import.
+_LATER = {
+    "Chat": "chat",
+    "OutlierReport": "int8_outliers",
+    "QuantizePlan": "gptq_plan",
+    "QuantizeProgress": "gptq",
+    "QuantizeReport": "gptq",
+    "Reason": "reasons",
+    "TrainingOptions": "training",
+    "TrainingPlan": "training_memory",
+    "TrainingProgress": "training",
+    "TrainingReport": "training",
+    "outliers": "int8_outliers",
+    "plan_quantization": "gptq_plan",
+    "quantize": "gptq",
+    "why": "reasons",
+}
 
 __all__ = [
     "GPTQ",
@@ -98,7 +116,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the widget, and with it the widget libraries, only when it is asked for."""
+    """Import what is asked for only then: above all the widget, and with it the widget libraries."""
+    if name in _LATER:
+        return getattr(importlib.import_module(f"workbench.{_LATER[name]}"), name)
     if name == "Workbench":
         try:
             return importlib.import_module("workbench.panels").Workbench

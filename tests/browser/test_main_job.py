@@ -19,7 +19,9 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = REPOSITORY / "notebooks" / "workbench.ipynb"
 QUESTION = "What is the capital of France?"
 WAIT_MS = 90_000
-VISIBLE_S = 2.0  # from running the cell, with torch not yet imported
+# From running the cell, with torch not yet imported. The goal is 2 s, which benchmarks/slider.py measures: a machine
+# that is busy for a moment must not fail this.
+VISIBLE_S = 4.0
 
 # What the screen says, in the words of a recipe; empty controls of other methods are not on it.
 _SCREEN = """() => {
