@@ -12,7 +12,7 @@ from workbench.adapters import describe
 from workbench.panels.job import Job
 from workbench.panels.lines import LinesSpec, LinesView
 from workbench.panels.look import button, classed, html, problem_line, text_field, visible
-from workbench.panels.state import as_sentence
+from workbench.panels.state import NO_MODEL, as_sentence
 from workbench.panels.what_if import Latest
 
 if TYPE_CHECKING:
@@ -147,17 +147,9 @@ class AdapterPanel:
 
     # The work.
 
-    def _begin(self, doing: str) -> Session:
-        with self._state.lock:
-            session: Session | None = self._state.session
-            if session is None:
-                raise ValueError("Load a model first, in the Load tab.")
-            self._state.begin(doing)
-            return session
-
     def _work(self, doing: str, work: Callable[[Session], str]) -> None:
         """Do something with the adapters of the loaded model, and keep recipe and preview in step."""
-        session = self._begin(doing)
+        session = self._state.begin_with_model(doing)
 
         def run() -> None:
             said = work(session)
@@ -211,7 +203,7 @@ class AdapterPanel:
         examples, folder = self.examples(), self.folder.value.strip() or None
         if not examples:
             raise ValueError("Give some examples, one on each line.")
-        session = self._begin("training")
+        session = self._state.begin_with_model("training")
         taken = {adapter.name for adapter in session.adapters.list()}
         number = 1
         while (name := "adapter" if number == 1 else f"adapter_{number}") in taken:
@@ -261,7 +253,7 @@ class AdapterPanel:
     def _show(self, _: object = None) -> None:
         state = self._state
         session, idle = state.session, not state.activity
-        self._why.value = "" if session is not None else "Load a model first, in the Load tab."
+        self._why.value = "" if session is not None else NO_MODEL
         visible(self._all, when=session is not None)
         held = () if session is None else session.adapters.list()
         names = (_BASE, *(adapter.name for adapter in held))

@@ -14,7 +14,7 @@ from workbench.generation import WHEN_FULL, GenerationOptions
 from workbench.panels.chat import History
 from workbench.panels.look import Log, classed, html, problem_line, text_field, visible
 from workbench.panels.run import enable
-from workbench.panels.state import as_sentence, bind
+from workbench.panels.state import NO_MODEL, as_sentence, bind
 from workbench.show import rate
 from workbench.speed import predict_speed
 from workbench.workload import CACHES
@@ -242,11 +242,7 @@ class GeneratePanel:
 
     def _ask(self, ask: Callable[[Session, Session | None], Iterator[str]]) -> None:
         state = self._state
-        with state.lock:
-            session = state.session
-            if session is None:
-                raise ValueError("Load a model first, in the Load tab.")
-            state.begin("generating")
+        session = state.begin_with_model("generating")
         try:
             self._halt.clear()
             self.answer.text, self._stats.value = "", "The prompt is being read ..."
@@ -331,8 +327,8 @@ class GeneratePanel:
         self.prompt.description = "In place of what you said" if self._editing is not None and mode == "chat" else label
         self.generate.description = "Send" if mode == "chat" else "Generate"
         if state.session is None and not state.activity and not self.answer.text:
-            self._stats.value = "Load a model first, in the Load tab."
-        elif self._stats.value.startswith("Load a model"):
+            self._stats.value = NO_MODEL
+        elif self._stats.value == NO_MODEL:
             self._stats.value = ""
 
     def _show_use(self, _: object = None) -> None:

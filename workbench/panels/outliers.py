@@ -12,6 +12,7 @@ from workbench.int8_outliers import DEFAULT_THRESHOLD, outliers
 from workbench.panels.job import Job
 from workbench.panels.lines import LinesSpec, LinesView
 from workbench.panels.look import classed, html, problem_line, visible
+from workbench.panels.state import NO_MODEL
 from workbench.precision import Int8
 
 if TYPE_CHECKING:
@@ -107,12 +108,7 @@ class OutliersPanel:
         self._job.close()
 
     def _start(self, _: object) -> None:
-        state = self._state
-        with state.lock:
-            session = state.session
-            if session is None:
-                raise ValueError("Load a model first, in the Load tab.")
-            state.begin("measuring outliers")
+        session = self._state.begin_with_model("measuring outliers")
         prompt = self.prompt.value
 
         def work() -> None:
@@ -145,7 +141,7 @@ class OutliersPanel:
 
     def _show(self, _: object = None) -> None:
         state = self._state
-        why = "" if state.session is not None else "Load a model first, in the Load tab."
+        why = "" if state.session is not None else NO_MODEL
         self.measure.disabled = bool(why) or bool(state.activity)
         quantized = state.skeleton is not None and state.skeleton.quantized_as is not None
         self.take.disabled = bool(state.activity) or quantized

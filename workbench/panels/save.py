@@ -76,11 +76,7 @@ class SavePanel:
         state, named, overwrite = self._state, self.folder.value.strip(), bool(self.overwrite.value)
         if not named:
             raise ValueError("Name a folder to save to.")
-        with state.lock:
-            session = state.session
-            if session is None:
-                raise ValueError("Load a model first.")
-            state.begin("saving")
+        session = state.begin_with_model("saving")
 
         def work() -> None:
             self._take(session.save(named, overwrite=overwrite))

@@ -35,6 +35,7 @@ class _Answer:
     placement: Placement
 
 
+NO_MODEL = "Load a model first, in the Load tab."
 _REST_SECONDS = 0.5  # more than what lies between two steps of a slider on a busy machine
 
 
@@ -159,6 +160,19 @@ class State(HasTraits):
             if self.activity:
                 raise ValueError(f"Workbench is still {self.activity}: wait for it, or stop it first.")
             self.set_trait("activity", activity)
+
+    def begin_with_model(self, activity: str) -> Session:
+        """Claim the worker for something that is done with the loaded model, and give that.
+
+        Raises:
+            ValueError: If none is loaded, or another activity is going on.
+        """
+        with self.lock:
+            session: Session | None = self.session
+            if session is None:
+                raise ValueError(NO_MODEL)
+            self.begin(activity)
+            return session
 
     def end(self) -> None:
         """Give the worker back."""
