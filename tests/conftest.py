@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from workbench.precision import Precision
+    from workbench.session import Session
 
 # Test files import their neighbours (`from hub_server import HubServer`), which importlib mode does not arrange.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -163,3 +164,20 @@ def loaded(tiny_model: Callable[[str], Path]) -> Callable[[str, Precision], Any]
         return models[name, precision]
 
     return load
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., Session]]:
+    """Load models for a short context, and unload them after the test."""
+    import workbench as wb
+
+    sessions: list[Session] = []
+
+    def make(model: Path | str, **options: Any) -> Session:
+        recipe = wb.Recipe(model=str(model), workload=wb.Workload(context_length=128), **options)
+        sessions.append(wb.load(recipe))
+        return sessions[-1]
+
+    yield make
+    for session in sessions:
+        session.unload()

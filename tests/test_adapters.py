@@ -19,7 +19,6 @@ from workbench.sizes import measure_weights
 from workbench.training import batch_of, encode_examples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SMALL = wb.Workload(context_length=128)
@@ -41,19 +40,6 @@ def logits(session: wb.Session) -> torch.Tensor:
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
-
-
-@pytest.fixture
-def load() -> Iterator[Callable[..., wb.Session]]:
-    sessions: list[wb.Session] = []
-
-    def make(model: Path | str, **options: Any) -> wb.Session:
-        sessions.append(wb.load(wb.Recipe(model=str(model), workload=SMALL, **options)))
-        return sessions[-1]
-
-    yield make
-    for session in sessions:
-        session.unload()
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +149,9 @@ def test_on_a_gptq_base(tiny_llama: Path, adapter: Path, tmp_path: Path, load: A
         session.adapters.merge("french")
     session.adapters.remove("french")
     assert torch.equal(logits(session), base)
+    inference_only = load(tmp_path / "gptq", precision=wb.GPTQ(group_size=32, backend="torch_int8"))
+    with pytest.raises(ValueError, match="passes no gradients on: load the model again with backend='torch'"):
+        inference_only.plan_training(TEXTS)
 
 
 def test_another_base_is_refused_with_both_names(adapter: Path, tiny_model: Any) -> None:

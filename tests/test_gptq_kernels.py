@@ -79,6 +79,18 @@ def test_exllama_wants_all_of_the_model_on_gpus() -> None:
     assert "needs the whole model on GPUs" in next(b for b in found if b.name == "exllama_v2").reason
 
 
+def test_adapters_switch_off_kernels_without_gradients() -> None:
+    on_gpu = {b.name: b for b in backends(wb.GPTQ(), SHAPES, devices=[0], adapters=True, check=False)}
+    for name in ("exllama_v2", "marlin"):
+        assert not on_gpu[name].usable
+        assert f"{name} is switched off for adapters" in on_gpu[name].reason
+    here = {b.name: b.usable for b in backends(wb.GPTQ(), SHAPES, adapters=True, check=False)}
+    assert here["torch"]
+    assert not here["torch_int8"]
+    with pytest.raises(ValueError, match=r"'torch_int8' cannot be used: torch_int8 is switched off for adapters"):
+        choose_backend(wb.GPTQ(backend="torch_int8"), SHAPES, devices=["cpu"], dtype="bfloat16", adapters=True)
+
+
 def test_shapes_decide() -> None:
     found = {b.name: b for b in backends(wb.GPTQ(group_size=256), [(64, 512)])}
     assert not found["torch_fused"].usable

@@ -168,6 +168,10 @@ def test_saved_and_opened(bench: wb.Workbench, tmp_path: Path) -> None:
     idle(bench)
     assert problem(bench, "save") == ""
     assert str(tmp_path / "made") in find(bench, "wb-save-said").value
+    push = bench._save.push
+    assert push.folder == str(tmp_path / "made")
+    push.form._handle_custom_msg({"repo_id": " "}, [])
+    assert problem(bench, "save-push").startswith("Name the repository")
     click(find(bench, "wb-save"))
     idle(bench)
     assert "made exists: name a new folder" in problem(bench, "save")

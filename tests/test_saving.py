@@ -15,11 +15,9 @@ import workbench as wb
 from workbench.four_bit import unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 TOKEN = "hf_of_the_tests"  # noqa: S105 - opens nothing but the server in this file
-SMALL = wb.Workload(context_length=128)
 IDS = (torch.arange(40) * 7 % 500)[None]
 PRECISIONS = {
     "float32": wb.FullPrecision(dtype="float32"),
@@ -35,19 +33,6 @@ def logits(session: wb.Session) -> torch.Tensor:
     with torch.inference_mode():
         found: torch.Tensor = session.model(IDS).logits.clone()
     return found
-
-
-@pytest.fixture
-def load() -> Iterator[Callable[..., wb.Session]]:
-    sessions: list[wb.Session] = []
-
-    def make(model: Path | str, **options: Any) -> wb.Session:
-        sessions.append(wb.load(wb.Recipe(model=str(model), workload=SMALL, **options)))
-        return sessions[-1]
-
-    yield make
-    for session in sessions:
-        session.unload()
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

@@ -161,7 +161,13 @@ def _gptq_changes(placement: Placement, skeleton: Skeleton, precision: GPTQ) -> 
     from workbench.kernels import choose_backend
 
     shapes = quantized_shapes(skeleton)
-    backend, _ = choose_backend(precision, shapes, devices=placement.device_map.values(), dtype=placement.dtype)
+    backend, _ = choose_backend(
+        precision,
+        shapes,
+        devices=placement.device_map.values(),
+        dtype=placement.dtype,
+        adapters=bool(placement.recipe.adapters),
+    )
     wide = element_bytes(placement.dtype)
     changes = {}
     for name, child in skeleton.meta_model(placement.recipe.precision).module.named_modules():

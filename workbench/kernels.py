@@ -138,6 +138,7 @@ def backends(
     *,
     devices: Iterable[DeviceId] = ("cpu",),
     dtype: str = "float16",
+    adapters: bool = False,
     check: bool = True,
 ) -> tuple[Backend, ...]:
     """Say of every backend whether this machine can use it for these weights, and why not.
@@ -147,12 +148,14 @@ def backends(
         shapes: (out, in) of the quantized modules, each once.
         devices: The devices of the device map.
         dtype: What the model computes in.
+        adapters: Whether adapters are put on it.
         check: Compare the usable ones with the plain product; a shape takes some milliseconds.
 
     Returns:
         One entry for each choice, ``"auto"`` first and the others from fast to slow as gptqmodel ranks them.
     """
-    found = tuple(_tried(precision, tuple(dict.fromkeys(shapes)), tuple(dict.fromkeys(devices)), dtype, check=check))
+    shapes, devices = tuple(dict.fromkeys(shapes)), tuple(dict.fromkeys(devices))
+    found = tuple(_tried(precision, shapes, devices, dtype, adapters=adapters, check=check))
     first = next((b for b in found if b.usable and not b.coarse), None)
     auto = Backend(
         name="auto",
@@ -170,6 +173,7 @@ def _tried(
     devices: tuple[DeviceId, ...],
     dtype: str,
     *,
+    adapters: bool,
     check: bool = True,
     only: str = "auto",
 ) -> Iterator[Backend]:
@@ -178,7 +182,7 @@ def _tried(
 
     import_gptqmodel()
     for name in sorted((n for n in GPTQ_BACKENDS if n != "auto" and only in (n, "auto")), key=_rank):
-        kernel, reason = _candidate(name, precision, shapes, devices)
+        kernel, reason = _candidate(name, precision, shapes, devices, adapters=adapters)
         error = None
         if kernel is not None and check and shapes:
             error = _relative_error(kernel, precision, shapes, dtype, _run_device(devices))
@@ -204,7 +208,12 @@ def _tried(
 
 
 def choose_backend(
-    precision: GPTQ, shapes: Iterable[tuple[int, int]], *, devices: Iterable[DeviceId], dtype: str
+    precision: GPTQ,
+    shapes: Iterable[tuple[int, int]],
+    *,
+    devices: Iterable[DeviceId],
+    dtype: str,
+    adapters: bool = False,
 ) -> tuple[str, tuple[str, ...]]:
     """Pick the kernel to load with.
 
@@ -213,6 +222,7 @@ def choose_backend(
         shapes: (out, in) of the quantized modules.
         devices: The devices of the device map.
         dtype: What the model computes in.
+        adapters: Whether adapters are put on it.
 
     Returns:
         gptqmodel's name of it, and sentences about the choice: which kernel it is, and which were wrong.
@@ -223,7 +233,7 @@ def choose_backend(
     tried: list[Backend] = []
     chosen = None
     shapes, devices = tuple(dict.fromkeys(shapes)), tuple(dict.fromkeys(devices))
-    for backend in _tried(precision, shapes, devices, dtype, only=precision.backend):
+    for backend in _tried(precision, shapes, devices, dtype, adapters=adapters, only=precision.backend):
         tried.append(backend)
         if precision.backend != "auto" or (backend.usable and not backend.coarse):
             chosen = backend
@@ -282,7 +292,12 @@ def _run_device(devices: tuple[DeviceId, ...]) -> str:
 
 
 def _candidate(
-    name: str, precision: GPTQ, shapes: tuple[tuple[int, int], ...], devices: tuple[DeviceId, ...]
+    name: str,
+    precision: GPTQ,
+    shapes: tuple[tuple[int, int], ...],
+    devices: tuple[DeviceId, ...],
+    *,
+    adapters: bool,
 ) -> tuple[Any | None, str]:
     """The kernel behind a name, or None, and a sentence about it."""
     import torch
@@ -299,6 +314,8 @@ def _candidate(
         kernel = get_kernel_for_backend(BACKEND(library_backend(name)), METHOD.GPTQ, FORMAT(precision.format))
     except ValueError as error:
         return None, _sentence(error)
+    if adapters and not kernel.SUPPORTS_TRAINING:
+        return None, f"{name} is switched off for adapters: {kernel.__name__} passes no gradients on."
     families = {str(getattr(device, "value", device)) for device in kernel.SUPPORTS_DEVICES}
     family = torch.device(run_on).type
     if "all" not in families and family not in families:

@@ -235,7 +235,11 @@ def _with_kernel(stated: GPTQ, skeleton: Skeleton, placement: Placement) -> tupl
     from workbench.gptq_layers import quantized_shapes
 
     backend, lines = choose_backend(
-        stated, quantized_shapes(skeleton), devices=placement.device_map.values(), dtype=placement.dtype
+        stated,
+        quantized_shapes(skeleton),
+        devices=placement.device_map.values(),
+        dtype=placement.dtype,
+        adapters=bool(placement.recipe.adapters),
     )
     config = read_config(skeleton.source)
     config.quantization_config = {**as_dict(config.quantization_config), "backend": backend}

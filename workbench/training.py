@@ -175,6 +175,10 @@ def _check_session(session: Session, options: TrainingOptions) -> None:
     if session.skeleton.is_encoder_decoder:
         raise ValueError("Training is for models that continue text; this one reads with an encoder.")
     check_all_here(session.placement)
+    for module in session.model.modules():  # gptqmodel's kernels say so of themselves
+        if not getattr(module, "SUPPORTS_TRAINING", True):
+            kernel = type(module).__name__
+            raise ValueError(f"{kernel} passes no gradients on: load the model again with backend='torch'.")
     if any(adapter.name == options.name for adapter in session.adapters.list()):
         raise ValueError(f"There is an adapter {options.name!r} already: remove it, or pick another name.")
 

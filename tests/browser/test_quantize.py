@@ -80,7 +80,7 @@ def test_quantize_from_the_first_look_to_the_loaded_folder(lab: Lab, tiny_llama:
     assert chart.evaluate("plot => plot.data.length") == 7  # a line for each kind of module
 
     # A token that is typed goes along with the press of the button, and is in no notebook that is saved.
-    form = part(lab, "wb-push")
+    form = part(lab, "wb-push-form")
     form.get_by_label("Repository").fill("a/b/c")
     form.get_by_label("Token").fill(TOKEN)
     form.get_by_role("button", name="Push to the Hub").click()

@@ -208,7 +208,8 @@ class KernelControls:
             if stored is None or placement is None or skeleton is None or not state.is_current:
                 return
             devices = tuple(dict.fromkeys(placement.device_map.values()))
-            key = (state.recipe.model, devices, placement.dtype, state.machine.name)
+            adapters = bool(state.recipe.adapters)
+            key = (state.recipe.model, devices, placement.dtype, state.machine.name, adapters)
             if key == self._key:
                 return
             self._key = key
@@ -224,7 +225,8 @@ class KernelControls:
             said = ""
             found: tuple[Backend, ...] = ()
             try:
-                found = offered_backends(stored, quantized_shapes(skeleton), devices=devices, dtype=dtype)
+                shapes = quantized_shapes(skeleton)
+                found = offered_backends(stored, shapes, devices=devices, dtype=dtype, adapters=adapters)
             except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
                 said = as_sentence(error)
             with self._state.lock:
@@ -245,10 +247,10 @@ class KernelControls:
 
 
 def offered_backends(
-    precision: GPTQ, shapes: tuple[tuple[int, int], ...], *, devices: tuple[Any, ...], dtype: str
+    precision: GPTQ, shapes: tuple[tuple[int, int], ...], *, devices: tuple[Any, ...], dtype: str, adapters: bool
 ) -> tuple[Backend, ...]:
     """Every kernel with whether it takes all the shapes and is right with the smallest; loading checks all of them."""
     smallest = min(shapes, key=lambda shape: shape[0] * shape[1])
-    allowed = backends(precision, shapes, devices=devices, dtype=dtype, check=False)
-    tried = {b.name: b for b in backends(precision, [smallest], devices=devices, dtype=dtype)}
+    allowed = backends(precision, shapes, devices=devices, dtype=dtype, adapters=adapters, check=False)
+    tried = {b.name: b for b in backends(precision, [smallest], devices=devices, dtype=dtype, adapters=adapters)}
     return tuple(b if not b.usable else tried[b.name] for b in allowed)

@@ -65,6 +65,7 @@ class PushControls:
 
     Args:
         state: The state.
+        name: Of what it says went wrong.
 
     Attributes:
         box: What is shown.
@@ -72,14 +73,14 @@ class PushControls:
         form: What is filled in.
     """
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, state: State, name: str = "push") -> None:
+        self._state, self._name = state, name
         self._thread: threading.Thread | None = None
         self.folder = ""
         self.form: Any = classed(PushForm(), "wb-push")
         self._said = html("wb-note", "wb-push-text")
-        self.box = w.VBox([self.form, problem_line(state, "push"), self._said])
-        self.form.on_msg(lambda _widget, content, _buffers: state.guarded("push", self._start)(content))
+        self.box = classed(w.VBox([self.form, problem_line(state, name), self._said]), f"wb-{name}-form")
+        self.form.on_msg(lambda _widget, content, _buffers: state.guarded(name, self._start)(content))
         state.observe(self._show, "activity")
         self._show()
 
@@ -103,7 +104,7 @@ class PushControls:
         self._said.value = f'<div role="status">Uploading to {escape(repo_id)} ...</div>'
         # Not the worker: nothing here is torch's, and a loaded model stays loaded.
         self._thread = threading.Thread(
-            target=self._state.guarded("push", self._push),
+            target=self._state.guarded(self._name, self._push),
             args=(repo_id, private, token),
             name="workbench-push",
             daemon=True,

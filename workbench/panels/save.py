@@ -11,6 +11,7 @@ from workbench.hardware import format_bytes
 from workbench.model import ModelRef
 from workbench.panels.job import Job
 from workbench.panels.look import classed, html, problem_line, text_field, visible
+from workbench.panels.push import PushControls
 from workbench.precision import FullPrecision
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class SavePanel:
             "wb-save-open",
         )
         self._said = html("wb-note", "wb-save-said")
+        self.push = PushControls(state, "save-push")
         self.box = w.VBox(
             [
                 self.folder,
@@ -60,6 +62,7 @@ class SavePanel:
                 self._job.text,
                 self._said,
                 self.open,
+                self.push.box,
             ]
         )
         visible(self._job.bar, when=False)  # it would jump from nothing to all
@@ -89,6 +92,7 @@ class SavePanel:
         if folder is not None:
             size = sum(file.stat().st_size for file in folder.iterdir())
             self._said.value = f'<div role="status">✓ Saved ({format_bytes(size)}): {escape(str(folder))}</div>'
+            self.push.offer(str(folder))
         self._show()
 
     def _open(self, _: object) -> None:
@@ -103,4 +107,5 @@ class SavePanel:
         visible(self.box, when=state.session is not None or self._saved is not None)
         self.save.disabled = bool(state.activity) or state.session is None
         self.open.disabled = bool(state.activity)
-        visible(self.open, when=self._saved is not None)
+        for after in (self.open, self.push.box):
+            visible(after, when=self._saved is not None)
