@@ -41,6 +41,12 @@ def links(path: Path) -> list[str]:
     return LINK.findall(prose(path))
 
 
+def test_the_house_names_every_file() -> None:
+    house = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in (ROOT / "workbench").rglob("*.*") if path.suffix in {".py", ".js", ".css"}}
+    assert set(re.findall(r"`(?:panels/)?([\w.]+\.(?:py|js|css))`", house)) == rooms
+
+
 @names
 def test_links_lead_somewhere(path: Path) -> None:
     for link in links(path):
