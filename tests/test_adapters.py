@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hub_server import HubServer
 
 import workbench as wb
 from workbench.adapters import base_note, read_adapter
@@ -152,6 +153,51 @@ def test_on_a_gptq_base(tiny_llama: Path, adapter: Path, tmp_path: Path, load: A
     inference_only = load(tmp_path / "gptq", precision=wb.GPTQ(group_size=32, backend="torch_int8"))
     with pytest.raises(ValueError, match="passes no gradients on: load the model again with backend='torch'"):
         inference_only.plan_training(TEXTS)
+
+
+ON_THE_HUB = """
+import json, sys
+import workbench as wb
+recipe = wb.Recipe(model=sys.argv[1], adapters=("org/french",), workload=wb.Workload(context_length=128))
+sizes = [wb.place(recipe.with_(max_memory={"cpu": budget})).total_bytes for budget in ("4GiB", "3GiB")]
+print("placed", flush=True)
+sys.stdin.readline()  # what was asked for until now is looked at
+session = wb.load(recipe)
+said = []
+for name in ("org/nothing", "org/pickle"):
+    try:
+        wb.read_adapter(name)
+    except ValueError as error:
+        said.append(str(error))
+print(json.dumps([sizes, session.adapters.active, session.load_report.matches, said]))
+"""
+
+
+def test_on_the_hub_only_the_header_travels_before_the_load(tiny_llama: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "pickle").mkdir()
+    shutil.copy(adapter / "adapter_config.json", tmp_path / "pickle")
+    with HubServer(repos={"org/french": adapter, "org/pickle": tmp_path / "pickle"}) as hub:
+        asked = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", ON_THE_HUB, str(tiny_llama)],
+            env=hub.env(tmp_path / "cache"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert asked.stdout
+        assert asked.stdout.readline() == "placed\n"
+        before = list(hub.requests)
+        out, _ = asked.communicate("go\n", timeout=120)
+        after = list(hub.requests)[len(before) :]
+    weights = [r for r in before if r.path.endswith(".safetensors") and r.sent_bytes]
+    assert [request.range is None for request in weights] == [False]  # once, for both budgets
+    assert any(r.path.endswith(".safetensors") and r.sent_bytes and r.range is None for r in after)
+    sizes, active, matches, said = json.loads(out.splitlines()[-1])
+    with_it = wb.place(wb.Recipe(model=str(tiny_llama), adapters=(str(adapter),), workload=SMALL)).total_bytes
+    assert sizes == [with_it, with_it]
+    assert (active, matches) == ("org_french", True)
+    assert said[0].startswith("The Hub has no adapter org/nothing")
+    assert "org/pickle lacks adapter_config.json or adapter_model.safetensors (pickles" in said[1]
 
 
 def test_another_base_is_refused_with_both_names(adapter: Path, tiny_model: Any) -> None:

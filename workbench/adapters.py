@@ -70,12 +70,15 @@ def read_adapter(location: str | Path, name: str | None = None) -> Adapter:
     Raises:
         ValueError: If there is none, it is damaged, or it is no LoRA; the sentence says what to do.
     """
-    folder = _folder(str(location))
-    stamp = tuple(
-        (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
-        for path in (folder / _CONFIG, folder / _WEIGHTS)
-    )
-    adapter = _read(folder, str(location), stamp)
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        stamp = tuple(
+            (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+            for path in (folder / _CONFIG, folder / _WEIGHTS)
+        )
+        adapter = _read(folder, str(location), stamp)
+    else:
+        adapter = _read_on_hub(str(location))
     return adapter if name is None else replace(adapter, name=name)
 
 
@@ -439,15 +442,28 @@ def _quiet_peft() -> Iterator[None]:
 
 
 def _folder(location: str) -> Path:
+    """The folder with an adapter's files, fetched if it is on the Hub."""
     folder = Path(location).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", location):
-        raise ValueError(f"There is no folder {location}, and it is no Hub id (those look like 'org/name').")
     from huggingface_hub import snapshot_download
 
+    with _asking_the_hub(location):
+        return Path(snapshot_download(location, allow_patterns=[_CONFIG, _WEIGHTS]))
+
+
+@contextmanager
+def _asking_the_hub(location: str) -> Iterator[None]:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", location):
+        raise ValueError(f"There is no folder {location}, and it is no Hub id (those look like 'org/name').")
+    from huggingface_hub.errors import EntryNotFoundError
+
     try:
-        return Path(snapshot_download(location, allow_patterns=["adapter_*"]))
+        yield
+    except EntryNotFoundError:
+        raise ValueError(
+            f"{location} lacks {_CONFIG} or {_WEIGHTS} (pickles, which can run code, are not read): name another one."
+        ) from None
     except Exception as error:  # noqa: BLE001 - a refused connection is whatever the HTTP library of the day raises
         raise ValueError(
             f"The Hub has no adapter {location}, or cannot be asked ({type(error).__name__}): check the spelling and "
@@ -459,11 +475,28 @@ def _folder(location: str) -> Path:
 def _read(folder: Path, location: str, stamp: tuple[Any, ...]) -> Adapter:  # noqa: ARG001 - read anew when it changes
     config = _read_config(folder)
     try:
-        header = _header(folder / _WEIGHTS)
+        shapes = _shapes(folder / _WEIGHTS)
     except ValueError as error:
         raise ValueError(f"The adapter {location} cannot be read: {error}") from None
+    return _adapter(location, folder.resolve().name, config, shapes)
+
+
+@functools.lru_cache(maxsize=64)  # asked once: a slider's every move reads it
+def _read_on_hub(location: str) -> Adapter:
+    """The same by two small requests: the weights are not fetched before they are loaded."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    with _asking_the_hub(location):
+        config_file = Path(hf_hub_download(location, _CONFIG))
+        kept = try_to_load_from_cache(location, _WEIGHTS)
+        tensors = {} if isinstance(kept, str) else HfApi().parse_safetensors_file_metadata(location, _WEIGHTS).tensors
+    shapes = _shapes(Path(kept)) if isinstance(kept, str) else {name: tuple(t.shape) for name, t in tensors.items()}
+    return _adapter(location, location, _read_config(config_file.parent), shapes)
+
+
+def _adapter(location: str, name: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Adapter:
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in header.items():
+    for key, shape in shapes.items():
         match = _TENSOR.fullmatch(key.removeprefix(_PREFIX))
         if match is None or len(shape) != 2:
             raise ValueError(
@@ -472,16 +505,15 @@ def _read(folder: Path, location: str, stamp: tuple[Any, ...]) -> Adapter:  # no
             )
         parts.setdefault(match["module"], {})[match["part"]] = shape
     modules = {}
-    for name, found in parts.items():
+    for module, found in parts.items():
         if len(found) != 2 or found["lora_A"][0] != found["lora_B"][1]:
-            raise ValueError(f"The adapter {location} is damaged: {name} lacks one of its two matrices.")
-        modules[name] = (found["lora_A"][0], found["lora_A"][1], found["lora_B"][0])
+            raise ValueError(f"The adapter {location} is damaged: {module} lacks one of its two matrices.")
+        modules[module] = (found["lora_A"][0], found["lora_A"][1], found["lora_B"][0])
     if not modules:
         raise ValueError(f"The adapter {location} is empty: fetch it again.")
-    name = re.sub(r"\W+", "_", folder.resolve().name if Path(location).expanduser().is_dir() else location)
     r = config.get("r")
     return Adapter(
-        name=name.strip("_") or "adapter",
+        name=re.sub(r"\W+", "_", name).strip("_") or "adapter",
         location=location,
         base=str(config.get("base_model_name_or_path") or "a model that it does not name"),
         r=int(r) if isinstance(r, int) else next(iter(modules.values()))[0],
@@ -504,7 +536,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Name to shape of each tensor; the file's length is compared with what its header says."""
     from safetensors import SafetensorError, safe_open
 
