@@ -176,8 +176,7 @@ def main() -> None:
             for _ in range(PAINTS):
                 lab = Lab(server, browser)
                 first_paint(lab)
-                lab.context.close()
-                server.forget()
+                lab.close()
             lab = Lab(server, browser)
             measure(lab)
             print(f"of which planning takes {plan_ms(lab):.0f} ms (median)")

@@ -59,6 +59,5 @@ def lab(
             print(f"Screenshot: {tmp_path / 'failed.png'}\nConsole errors: {page.console_errors}")
             print(f"JupyterLab's log:\n{jupyter_server.log()}")
     finally:
-        page.context.close()
-        jupyter_server.forget()
+        page.close()
     page.assert_clean()

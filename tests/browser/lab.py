@@ -62,6 +62,36 @@ _CELL_ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets
     .filter(output => output.output_type === "error")
     .map(output => output.traceback.join("\\n"))"""
 
+_LEAVE = """
+if "bench" in globals():
+    for loaded in bench._state.sessions:
+        loaded.unload()
+    bench.close()
+import ipywidgets
+ipywidgets.Widget.close_all()
+get_ipython().reset(new_session=False)
+"""
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The environment of a server whose home, settings and runtime files lie in a folder."""
+    return {
+        **os.environ,
+        "HOME": str(folder),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_CONFIG_PATH": str(REPOSITORY / "binder"),
+        "JUPYTER_DATA_DIR": str(folder / "data"),
+        "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+        "IPYTHONDIR": str(folder / "ipython"),
+        # The demo model is found although HOME is another one; models are never asked for outside.
+        "WORKBENCH_CACHE_DIR": os.environ.get("WORKBENCH_CACHE_DIR")
+        or platformdirs.user_cache_dir("llm-device-workbench", appauthor=False),
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
 
 class JupyterServer:
     """A JupyterLab server of its own: its settings, runtime files and notebooks lie in `folder`."""
@@ -71,33 +101,17 @@ class JupyterServer:
         self.log_file = folder / "jupyterlab.log"
         self.token = "browser-test"  # noqa: S105 - for a server that only this machine reaches
         self._settings = folder / "settings"
-        self._runtime = folder / "runtime"
+        self.runtime = folder / "runtime"
         notifications = self._settings / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-        for each in (self.root, self._runtime, notifications.parent):
+        for each in (self.root, self.runtime, notifications.parent):
             each.mkdir(parents=True)
         notifications.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
-        environment = {
-            **os.environ,
-            "HOME": str(folder),
-            "JUPYTER_CONFIG_DIR": str(folder / "config"),
-            "JUPYTER_CONFIG_PATH": str(REPOSITORY / "binder"),
-            "JUPYTER_DATA_DIR": str(folder / "data"),
-            "JUPYTER_RUNTIME_DIR": str(self._runtime),
-            "JUPYTERLAB_SETTINGS_DIR": str(self._settings),
-            "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
-            "IPYTHONDIR": str(folder / "ipython"),
-            # The demo model is found although HOME is another one; models are never asked for outside.
-            "WORKBENCH_CACHE_DIR": os.environ.get("WORKBENCH_CACHE_DIR")
-            or platformdirs.user_cache_dir("llm-device-workbench", appauthor=False),
-            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [
             *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"),
+            "--JupyterNotebookApp.expose_app_in_browser=True",  # Notebook 7 is served by the same
             *("--ip=127.0.0.1", f"--port={port}", f"--ServerApp.root_dir={self.root}"),
             f"--IdentityProvider.token={self.token}",
             # Should the tests be killed, nobody is left to stop it.
@@ -106,7 +120,7 @@ class JupyterServer:
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                env=environment,
+                env=environment(folder) | {"JUPYTERLAB_SETTINGS_DIR": str(self._settings)},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -114,6 +128,7 @@ class JupyterServer:
                 start_new_session=True,  # Ctrl-C ends the tests, and they end the server
             )
         self.url = ""
+        self._warm = ""  # the session whose kernel is kept
 
     def wait(self) -> None:
         """Return once it answers; the port is read from its own runtime file, as it takes the next one if need be.
@@ -123,7 +138,7 @@ class JupyterServer:
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         while self._process.poll() is None and time.monotonic() < deadline:
-            for file in self._runtime.glob("jpserver-*.json"):
+            for file in self.runtime.glob("jpserver-*.json"):
                 try:
                     self.url = json.loads(file.read_text())["url"].rstrip("/")
                     self.request("GET", "/api/status")
@@ -138,19 +153,37 @@ class JupyterServer:
         """The end of what the server and its kernels printed."""
         return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
 
-    def request(self, method: str, path: str) -> Any:
+    def request(self, method: str, path: str, content: Any = None) -> Any:
         """The server's REST interface: the decoded answer, or None where it has no body."""
         asked = urllib.request.Request(  # noqa: S310 - an http address of our own
-            self.url + path, method=method, headers={"Authorization": f"token {self.token}"}
+            self.url + path,
+            method=method,
+            headers={"Authorization": f"token {self.token}"},
+            data=None if content is None else json.dumps(content).encode(),
         )
         with urllib.request.urlopen(asked, timeout=30) as answer:  # noqa: S310
             body = answer.read()
         return json.loads(body) if body else None
 
-    def forget(self) -> None:
-        """End every session with its kernel (they outlive the page) and go back to the default theme."""
+    def warm(self, notebook: str) -> None:
+        """Give a notebook the one kernel that is kept from test to test, which has done its imports."""
+        if self._warm:
+            self.request("PATCH", f"/api/sessions/{self._warm}", {"path": notebook, "name": notebook})
+        else:
+            wanted = {"path": notebook, "name": notebook, "type": "notebook", "kernel": {"name": "python3"}}
+            self._warm = self.request("POST", "/api/sessions", wanted)["id"]
+
+    def forget(self, *, warm: bool) -> None:
+        """End every session with its kernel (they outlive the page) and go back to the default theme.
+
+        Args:
+            warm: The kernel that is kept, too.
+        """
         for session in self.request("GET", "/api/sessions"):
-            self.request("DELETE", f"/api/sessions/{session['id']}")
+            if warm or session["id"] != self._warm:
+                self.request("DELETE", f"/api/sessions/{session['id']}")
+        if warm:
+            self._warm = ""
         (self._settings / "@jupyterlab/apputils-extension/themes.jupyterlab-settings").unlink(missing_ok=True)
 
     def stop(self) -> None:
@@ -170,6 +203,7 @@ class Lab:
         self.server = server
         self.console_errors: list[str] = []
         self.foreign_requests: list[str] = []
+        self.warm = False
         self.context = browser.new_context(viewport={"width": 1600, "height": 1000})
         self.context.on("request", self._on_request)
         self.context.on("console", self._on_console)
@@ -177,12 +211,13 @@ class Lab:
         self.page = self.context.new_page()
         self.page.on("websocket", self._on_websocket)
 
-    def open(self, notebook: Path | Sequence[str], *, folder: str = "") -> None:
+    def open(self, notebook: Path | Sequence[str], *, folder: str = "", warm: bool = False) -> None:
         """Open a notebook of this page's own and return when its kernel can be asked.
 
         Args:
             notebook: A notebook file, which is copied, or the source of each code cell.
             folder: Keep the file's own name, in a folder of this name; else it gets a number.
+            warm: In a kernel that has done its imports, where they are not what is tested.
         """
         if isinstance(notebook, Path):
             content = nbformat.read(notebook, as_version=4)
@@ -195,14 +230,28 @@ class Lab:
             name = f"{folder}/{notebook.name}"
             (self.server.root / folder).mkdir()
         nbformat.write(content, self.server.root / name)
+        self.warm = warm
+        if warm:
+            self.server.warm(name)
         self.page.goto(f"{self.server.url}/lab/tree/{quote(name)}?reset&token={self.server.token}")
-        self._wait_ready()
+        self.wait_ready()
+
+    def close(self) -> None:
+        """Leave the page; a warm kernel is kept if it still answers, with nothing of this page in it."""
+        unusable = False
+        try:
+            if self.warm:
+                self.execute(_LEAVE)
+        except Exception:  # noqa: BLE001 - whatever a failed test has left of it
+            unusable = True
+        self.context.close()
+        self.server.forget(warm=unusable)
 
     def reload(self) -> None:
         """Save the notebook, load the page anew, and return when the kernel, which kept running, can be asked again."""
         self.command("docmanager:save")
         self.page.reload()
-        self._wait_ready()
+        self.wait_ready()
 
     def run_all(self) -> None:
         """Run every cell and return when all have ended.
@@ -287,7 +336,8 @@ class Lab:
         assert not self.console_errors, "the browser's console has errors:\n" + "\n".join(self.console_errors)
         assert not self.foreign_requests, "requests left the machine:\n" + "\n".join(self.foreign_requests)
 
-    def _wait_ready(self) -> None:
+    def wait_ready(self) -> None:
+        """Return when the notebook is on the page and its kernel can be asked."""
         self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell").first.wait_for(timeout=60_000)
         self.page.wait_for_function(_READY, timeout=60_000)
 

@@ -79,14 +79,19 @@ bench._quantize._job.say('Layer 12 of 30: mlp.down_proj', 12 / 30)
 }
 
 
-def shoot(lab: Lab, state: str) -> Iterator[tuple[str, bytes]]:
+def shoot(lab: Lab, state: str, *, warm: bool = False) -> Iterator[tuple[str, bytes]]:
     """Bring a page into a state and take its four pictures.
+
+    Args:
+        lab: The page.
+        state: One of ``STATES``.
+        warm: In a kernel that has done its imports.
 
     Yields:
         The picture's name ("fits-dark-narrow") and the PNG.
     """
     cell, then, tab = STATES[state]
-    lab.open([f"import workbench as wb\n{cell}\nbench"])
+    lab.open([f"import workbench as wb\n{cell}\nbench"], warm=warm)
     lab.run_all()
     root = lab.page.locator(".wb-root")
     root.wait_for(timeout=WAIT_MS)
@@ -165,8 +170,7 @@ def main(folder: str, *states: str) -> None:
                 lab = Lab(server, browser)
                 for name, png in shoot(lab, state):
                     (Path(folder) / f"{name}.png").write_bytes(smaller(png))
-                lab.context.close()
-                server.forget()
+                lab.close()
                 lab.assert_clean()
                 sys.stdout.write(f"{state}\n")
     finally:

@@ -24,7 +24,7 @@ HOMES = "[layer.device for layer in bench.placement.layers]"
 
 
 def start(lab: Lab, cell: str = CELL) -> None:
-    lab.open([cell])
+    lab.open([cell], warm=True)
     lab.run_all()
     part(lab, "wb-chart .main-svg").first.wait_for(timeout=WAIT_MS)
     lab.wait_python("bench._state.settle(0)", timeout=90)

@@ -1,0 +1,105 @@
+"""The main job in Notebook 7 and in Voila, with JupyterLab's clicks; Python is asked through the kernel itself."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from jupyter_client.blocking import BlockingKernelClient
+from lab import START_TIMEOUT_S, environment
+from test_main_job import NOTEBOOK, QUESTION, WAIT_MS, button, open_tab, part, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from lab import Lab
+
+pytestmark = pytest.mark.browser
+
+
+def ask(runtime: Path, expression: str) -> str:
+    """What the newest kernel of a server says that an expression is, in writing."""
+    (file, *_) = sorted(runtime.rglob("kernel-*.json"), key=lambda path: -path.stat().st_mtime_ns)
+    client = BlockingKernelClient(connection_file=str(file))
+    client.load_connection_file()
+    client.start_channels()
+    try:
+        reply: Any = client.execute("", silent=True, user_expressions={"it": expression}, reply=True, timeout=60)
+    finally:
+        client.stop_channels()
+    return str(reply["content"]["user_expressions"]["it"]["data"]["text/plain"])
+
+
+def main_job(lab: Lab, runtime: Path) -> None:
+    part(lab, "wb-chart .main-svg").first.wait_for(timeout=WAIT_MS)
+    verdict(lab, "Fits")
+    part(lab, "wb-precision").get_by_role("button", name="int8").click()
+    lab.drag_slider(".wb-memory-cpu", 0.0)
+    verdict(lab, "Does not fit")
+    lab.drag_slider(".wb-memory-cpu", 0.4)
+    verdict(lab, "Fits")
+    button(lab, "wb-load").click()
+    part(lab, "wb-load-report").filter(has_text="Loaded as previewed").wait_for(timeout=WAIT_MS)
+    open_tab(lab, "Generate")
+    part(lab, "wb-prompt textarea").fill(QUESTION)
+    button(lab, "wb-generate").click()
+    lab.page.get_by_role("log", name="Answer").filter(has_text="Paris").wait_for(timeout=WAIT_MS)
+    part(lab, "wb-stats").filter(has_text="tok/s").wait_for(timeout=WAIT_MS)
+    assert ask(runtime, "(bench.recipe.precision.method, bench.session.load_report.matches)") == "('int8', True)"
+
+
+def test_in_notebook_7(lab: Lab) -> None:
+    shutil.copy(NOTEBOOK, lab.server.root / "seven.ipynb")
+    lab.page.goto(f"{lab.server.url}/notebooks/seven.ipynb?token={lab.server.token}")
+    lab.wait_ready()
+    lab.console_errors.clear()  # Notebook's own page has one, with no cell run
+    lab.page.get_by_role("menuitem", name="Run", exact=True).click()
+    lab.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    main_job(lab, lab.server.runtime)
+
+
+def probe_failed(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        time.sleep(0.05)  # between two looks
+        return True
+    return False
+
+
+@pytest.fixture
+def voila(tmp_path: Path) -> Iterator[str]:
+    """``voila notebooks/workbench.ipynb``, as one types it; the address that it is at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "voila", str(NOTEBOOK), "--no-browser", f"--port={port}"]
+    (tmp_path / "runtime").mkdir()
+    command.append(f"--Voila.connection_dir_root={tmp_path / 'runtime'}")
+    with (tmp_path / "voila.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment(tmp_path), cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while probe_failed(port):
+            assert process.poll() is None, (tmp_path / "voila.log").read_text()
+            assert time.monotonic() < deadline, "Voila does not answer"
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_in_voila(lab: Lab, voila: str, tmp_path: Path) -> None:
+    lab.page.goto(voila)
+    main_job(lab, tmp_path / "runtime")
+    assert lab.page.get_by_text("import workbench").count() == 0  # no code is shown
+    lab.page.goto("about:blank")  # before the server goes
+    # Two things of Voila's: it asks for an icon font, and tries Notebook's extension, which is not made for it.
+    for seen in (lab.console_errors, lab.foreign_requests):
+        seen[:] = [each for each in seen if "fontawesome" not in each and "@jupyter-notebook/lab-extension" not in each]
