@@ -154,8 +154,8 @@ def test_every_control_has_a_label_and_a_tooltip(bench: wb.Workbench) -> None:
     controls = {part for part in whole_tree(bench) if isinstance(part, kinds)}
     assert len(controls) > 30
     assert [control for control in controls if not control.description or not control.tooltip] == []
-    assert bench._precision.method.tooltips
-    assert bench._precision.method.description
+    rows = {part for part in whole_tree(bench) if isinstance(part, w.ToggleButtons)}
+    assert [row for row in rows if not row.description or not row.tooltips] == []
 
 
 def test_a_slider_is_one_change_one_recompute_and_one_redrawing(bench: wb.Workbench, placed: list[bool]) -> None:
@@ -247,6 +247,10 @@ def test_a_recipe_set_from_a_cell_moves_every_control_with_one_recompute(
     }
     assert [name for name, chip in bench._precision.chips.items() if chip.value] == ["lm_head"]
     assert find(bench, "wb-memory-cpu").disabled
+    for precision, name in ((wb.GPTQ(group_size=16), "wb-group-size"), (wb.TorchAO(group_size=-1), "wb-ao-group")):
+        bench.recipe = recipe.with_(precision=precision)  # more than people are offered
+        assert bench.recipe.precision == precision
+        assert find(bench, name).value == precision.group_size
 
 
 @pytest.mark.parametrize(
@@ -527,7 +531,7 @@ def test_the_page_tells_theme_and_width_and_the_one_figure_follows(bench: wb.Wor
     figure = bench._preview.chart.figure
     send(find(bench, "wb-page"), dark=True, width_px=432)
     state = figure.get_state()
-    assert state["_widget_layout"]["width"] == 432
+    assert state["_widget_layout"]["width"] == find(bench, "wb-touch").picture["width"] == 432
     assert state["_widget_layout"]["font"]["color"] == "#d9d9d9"
     assert find(bench, "wb-chart").children == (figure, find(bench, "wb-touch"))
     assert find(bench, "wb-chart").layout.height == f"{state['_widget_layout']['height']}px"

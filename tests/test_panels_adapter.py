@@ -107,6 +107,10 @@ def test_an_adapter_is_trained_switched_and_removed(bench: wb.Workbench, tmp_pat
     assert bench._adapter.examples() == [("What is it?", "A test."), "Just a text of its own."]
     send(find(bench, "wb-adapter-r"), value=4)
     wait_for(lambda: "Training takes" in find(bench, "wb-adapter-plan").value)
+    examples = find(bench, "wb-adapter-texts").value
+    send(find(bench, "wb-adapter-texts"), value="")
+    wait_for(lambda: find(bench, "wb-adapter-plan").value == "")  # of nothing there is no plan
+    send(find(bench, "wb-adapter-texts"), value=examples)
     send(find(bench, "wb-adapter-steps"), value=6)
     send(find(bench, "wb-adapter-batch"), value=1)
     send(find(bench, "wb-adapter-folder"), value="learnt")

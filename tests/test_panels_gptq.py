@@ -110,6 +110,12 @@ def test_names_configs_and_kernels(bench: wb.Workbench, folder: Path, tiny_llama
     assert not shown(weights)
     assert find(bench, "wb-quantize-config").value == ""
     assert bench.recipe.model == wb.ModelRef(name=str(tiny_llama))
+    for name, says in (("~nobody-of-that-name/x", "cannot be looked at"), ("x" * 300, "x" * 40)):
+        send(find(bench, "wb-model"), value=name)
+        assert bench._state.settle(60)
+        assert says in problem(bench)
+        send(find(bench, "wb-context"), value=100 + len(name))  # everything else goes on
+        assert bench.recipe.workload.context_length == 100 + len(name)
 
 
 PUSH = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,11 @@ def loaded(bench: wb.Workbench) -> wb.Workbench:
 
 
 def idle(bench: wb.Workbench) -> None:
-    wait_for(lambda: not bench._state.activity)
+    def over() -> bool:
+        with bench._state.lock:  # which is held until every panel has been told
+            return not bench._state.activity
+
+    wait_for(over)
 
 
 def enabled(bench: wb.Workbench) -> set[str]:
@@ -119,7 +124,13 @@ def test_a_load_can_be_cancelled_and_everything_else_works_meanwhile(
     assert enabled(bench) == {"wb-load"}
 
 
-def test_what_cannot_be_loaded_says_why(bench: wb.Workbench) -> None:
+def bare(model: Path, folder: Path) -> Path:
+    """The same model without its weights."""
+    shutil.copytree(model, folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder / "bare"
+
+
+def test_what_cannot_be_loaded_says_why(bench: wb.Workbench, tiny_llama: Path, tmp_path: Path) -> None:
     send(find(bench, "wb-memory-text-cpu"), value="100KiB")
     assert bench.placement is not None
     assert bench.placement.verdict == "does_not_fit"
@@ -127,12 +138,29 @@ def test_what_cannot_be_loaded_says_why(bench: wb.Workbench) -> None:
     idle(bench)
     assert bench._state.problems["load"].startswith("Does not fit")
     assert bench.session is None
+    send(find(bench, "wb-memory-text-cpu"), value="512MB")
+    assert bench._state.problems["load"] == ""  # it was about other choices
 
     choose(find(bench, "wb-machine"), "RTX 4090")
     assert "pick This machine" in find(bench, "wb-differs").value
     assert enabled(bench) == set()
+    click(find(bench, "wb-own-use"))
+    assert "for My machine, which is not here" in find(bench, "wb-differs").value
+    assert enabled(bench) == set()
     choose(find(bench, "wb-machine"), "This machine")
+    assert bench._state.settle(60)
     assert enabled(bench) == {"wb-load"}
+
+    bench.session = session = wb.load(bench.recipe)
+    choose(find(bench, "wb-precision"), "gptq")
+    assert bench._state.settle(60)
+    assert "quantize it in the Quantize tab" in find(bench, "wb-differs").value
+    with pytest.raises(ValueError, match="is not quantized yet"):
+        bench._load._start()
+    bench.recipe = bench.recipe.with_(precision=wb.FullPrecision(), model=str(bare(tiny_llama, tmp_path)))
+    assert "has no weight files" in find(bench, "wb-differs").value
+    assert enabled(bench) == {"wb-unload", "wb-generate"}
+    assert session.model is not None  # nothing was unloaded for what cannot be
 
 
 def test_an_answer_streams_in_few_messages_and_is_the_sessions_own(loaded: wb.Workbench) -> None:
@@ -219,13 +247,17 @@ def test_closing_in_mid_answer_stops_it(loaded: wb.Workbench) -> None:
     assert session.last_stats.stopped
 
 
-def test_the_code_is_written_when_it_is_looked_at(bench: wb.Workbench, tiny_llama: Path) -> None:
+def test_the_code_is_written_when_it_is_looked_at(bench: wb.Workbench, tiny_llama: Path, tmp_path: Path) -> None:
     view, tabs = find(bench, "wb-code"), find(bench, "wb-tabs")
     assert view.code == ""
     send(tabs, selected_index=bench._tabs.titles.index("Code"))
     assert bench.placement is not None
     assert view.code == bench.recipe.to_python(bench.placement)
     assert repr(str(tiny_llama)) in view.code
+    with bench._state.lock:  # the planner has to wait
+        send(find(bench, "wb-model"), value=str(tmp_path))
+        assert view.code == "# The preview is being worked out."
+    wait_for(lambda: repr(str(tiny_llama)) in view.code)  # nothing is there, so the last model is
     choose(find(bench, "wb-precision"), "nf4")
     bench._state.settle()
     assert "BitsAndBytesConfig" in view.code
@@ -246,6 +278,16 @@ def test_a_recipe_comes_back_from_its_file(bench: wb.Workbench) -> None:
     assert bench._state.problems.get("code", "") == ""
     assert bench.recipe == recipe
     assert find(bench, "wb-batch").value == 2
+
+    trusting = recipe.with_(model=wb.ModelRef(name=recipe.model.name, trust_remote_code=True, allow_pickle=True))
+    upload(bench, "from-somebody.json", trusting.to_json().encode())
+    assert bench.recipe == recipe  # a file allows nothing by itself
+    said = bench._code._said.value
+    assert "trust_remote_code and allow_pickle switched off" in said
+    assert "trust_remote_code=True, allow_pickle=True)" in said
+    bench.recipe = bench.recipe.with_(model=trusting.model)
+    upload(bench, "from-somebody.json", trusting.to_json().encode())
+    assert bench.recipe == trusting
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,11 @@ def test_a_dragged_limit_is_the_sliders(bench: wb.Workbench) -> None:
     assert find(bench, "wb-memory-text-cpu").value == "2.5 GiB"
     bars = {bar["label"]: bar for bar in touch.picture["bars"]}
     assert bars["cpu"]["limit_bytes"] == 5 * GIB // 2
+    send(find(bench, "wb-memory-cpu"), value=3.0)
+    send(touch, limit={"device": "cpu", "gib": 2.5, "nth": 1})
+    send(find(bench, "wb-memory-cpu"), value=3.0)
+    send(touch, limit={"device": "cpu", "gib": 2.5, "nth": 2})  # to the same place again
+    assert find(bench, "wb-memory-cpu").value == 2.5
     send(touch, limit={"device": "cuda:7", "gib": 1})
     assert "no cuda:7" in bench._state.problems["preview"]
 
@@ -257,6 +262,11 @@ def test_a_machine_of_ones_own_is_planned_for_and_found_again(bench: wb.Workbenc
     assert bench.machine.device(2).total_bytes == 10 * GIB
     choose(find(bench, "wb-machine"), "box")
     assert bench.machine is BOX
+    choose(find(bench, "wb-strategy"), "custom")
+    bench.recipe = kept = bench.recipe.with_(max_memory={0: "1GiB", "cpu": "4GiB"})
+    bench.machine = wb.Machine(name="a second box", devices=BOX.devices)
+    assert bench.recipe == kept  # a machine from a cell is new in the list, and leaves budgets and map alone
+    assert find(bench, "wb-machine").value == "a second box"
 
 
 def test_a_page_whose_figure_is_not_what_it_should_be_gets_it_anew(

@@ -35,6 +35,10 @@ def test_the_context_grows_until_a_device_is_overfull(tiny_llama: Path) -> None:
     placement = wb.place(recipe, machine=machine, skeleton=skeleton)
     growth = context_growth(placement, skeleton)
     assert growth is not None
+    quantized = recipe.with_(workload=wb.Workload(context_length=256, cache="quantized"))
+    half = context_growth(wb.place(quantized, machine=machine, skeleton=skeleton), skeleton)
+    assert half is not None
+    assert half.used_bytes[0][-1] <= growth.used_bytes[0][-1] - 2048 * 128  # a byte a number, as the preview has it
     assert (growth.tokens[0], growth.tokens[-1], growth.now, growth.limit) == (128, 2048, 256, 2048)
     assert 256 < growth.longest < 2048
     assert growth.full_first == 0

@@ -11,7 +11,7 @@ import ipywidgets as w
 from workbench.adapters import describe
 from workbench.panels.job import Job
 from workbench.panels.lines import LinesSpec, LinesView
-from workbench.panels.look import button, classed, html, problem_line, text_field, visible
+from workbench.panels.look import button, classed, html, number_field, problem_line, text_field, visible
 from workbench.panels.state import NO_MODEL, as_sentence
 from workbench.panels.what_if import Latest
 
@@ -74,11 +74,11 @@ class AdapterPanel:
             "wb-stack",
         )
         self.numbers = {
-            "r": _number("Rank", 8, "wb-adapter-r", "How much it can learn, and its size"),
-            "alpha": _number("Alpha", 16.0, "wb-adapter-alpha", "Its strength is alpha / rank"),
-            "steps": _number("Steps", 60, "wb-adapter-steps", "Times that it is changed"),
-            "batch_size": _number("Batch", 4, "wb-adapter-batch", "Examples for each step"),
-            "learning_rate": _number("Learning rate", 1e-3, "wb-adapter-rate", "Lower it if the loss jumps about"),
+            "r": number_field("Rank", 8, "wb-adapter-r", "How much it can learn, and its size"),
+            "alpha": number_field("Alpha", 16.0, "wb-adapter-alpha", "Its strength is alpha / rank"),
+            "steps": number_field("Steps", 60, "wb-adapter-steps", "Times that it is changed"),
+            "batch_size": number_field("Batch", 4, "wb-adapter-batch", "Examples for each step"),
+            "learning_rate": number_field("Learning rate", 1e-3, "wb-adapter-rate", "Lower it if the loss jumps about"),
         }
         self.checkpointing = classed(
             w.Checkbox(
@@ -133,7 +133,7 @@ class AdapterPanel:
     def refresh(self, _: object = None) -> None:
         """Work out anew what a training would take, if anybody looks."""
         session = self._state.session
-        if session is not None and self.texts.value.strip() and self._in_view() and not self._state.activity:
+        if session is not None and self._in_view() and not self._state.activity:
             self._latest.ask(lambda _moved_on: self._foretell(session))
 
     def examples(self) -> list[str | tuple[str, str]]:
@@ -233,8 +233,9 @@ class AdapterPanel:
             self.chart.update(loss_spec(step.losses))
 
     def _foretell(self, session: Session) -> None:
+        examples = self.examples()
         try:
-            said = session.plan_training(self.examples(), **self._options()).sentence
+            said = session.plan_training(examples, **self._options()).sentence if examples else ""
         except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
             said = as_sentence(error)
         self._plan.value = escape(said)
@@ -277,8 +278,3 @@ def loss_spec(losses: tuple[float, ...]) -> LinesSpec:
     return LinesSpec(
         series={"loss": losses}, x=list(range(1, len(losses) + 1)), x_title="step", y_title="loss", y_format=".3g"
     )
-
-
-def _number(label: str, value: float, name: str, tip: str) -> Any:
-    kind = w.IntText if isinstance(value, int) else w.FloatText
-    return classed(kind(description=label, value=value, tooltip=tip), name, "wb-short")

@@ -11,7 +11,6 @@ from workbench.gptq_plan import plan_quantization
 from workbench.hardware import device_label, format_bytes
 from workbench.panels.look import classed, html, visible
 from workbench.panels.picture import device_colour
-from workbench.panels.state import as_sentence
 from workbench.panels.what_if import Latest
 from workbench.precision import GPTQ
 
@@ -80,20 +79,15 @@ class AheadView:
             self._key = key
             self._take(None)
 
-        def job(moved_on: Callable[[], bool]) -> None:
-            if moved_on() or key is None:
-                return
-            plan = None
-            try:
-                plan = plan_quantization(recipe, calibration=text, machine=machine)
-                problem = ""
-            except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
-                problem = as_sentence(error)
-            with self._state.lock:
-                if key == self._key:
+        def find() -> QuantizePlan | None:
+            return None if key is None else plan_quantization(recipe, calibration=text, machine=machine)
+
+        def take(plan: QuantizePlan | None, problem: str) -> None:
+            with state.lock:
+                if key is not None and key == self._key:
                     self._take(plan, problem)
 
-        self._latest.ask(job)
+        self._latest.find_out(find, take)
 
     def _take(self, plan: QuantizePlan | None, problem: str = "") -> None:
         self.plan = plan

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 
 from workbench.calibration import OFFLINE, CalibrationText, fitted
-from workbench.panels.look import classed, html, text_field, visible
+from workbench.panels.look import classed, html, number_field, text_field, visible
 
 if TYPE_CHECKING:
     from workbench.panels.state import State
@@ -54,9 +54,11 @@ class CalibrationControls:
         self.split = text_field("Split", "wb-calibration-split", usual.split, "Which part of the data set")
         self.column = text_field("Column", "wb-calibration-column", usual.column, "The column that holds the text")
         self.split.value, self.column.value = usual.split, usual.column
-        self.samples = _number("Samples", usual.samples, "wb-samples", "How many sequences of text")
-        self.length = _number("Sequence length", usual.sequence_length, "wb-sequence-length", "Tokens of each sequence")
-        self.seed = _number("Seed", usual.seed, "wb-quantize-seed", "The same seed takes the same sequences")
+        self.samples = number_field("Samples", usual.samples, "wb-samples", "How many sequences of text")
+        self.length = number_field(
+            "Sequence length", usual.sequence_length, "wb-sequence-length", "Tokens of each of them"
+        )
+        self.seed = number_field("Seed", usual.seed, "wb-quantize-seed", "The same seed takes the same sequences")
         self._amount = html("wb-note", "wb-calibration-amount")
         numbers = classed(w.HBox([self.samples, self.length, self.seed]), "wb-row")
         self.box = w.VBox(
@@ -124,7 +126,3 @@ class CalibrationControls:
         except ValueError as error:
             note = str(error)
         self._amount.value = escape(note)
-
-
-def _number(label: str, value: int, name: str, tip: str) -> Any:
-    return classed(w.IntText(description=label, value=value, tooltip=tip), name, "wb-short")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from workbench.panels.picture import device_colour
 from workbench.placement import attempts, longest_context
 from workbench.speed import predict_speed
 from workbench.verdict import judge
-from workbench.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,7 +120,7 @@ def context_growth(
     if longest is None or placement.unplaced:
         return None
     limit = skeleton.context_length
-    recipe, batch = placement.recipe, placement.recipe.workload.batch_size
+    recipe = placement.recipe
     end = limit or max(_MOST_TOKENS, 2 * longest)
     lengths = sorted({min(end, 2**power) for power in range(7, max(8, math.ceil(math.log2(end)) + 1))} | {end})
     attempt = attempts(recipe.precision, placement.machine, skeleton, measure=False)
@@ -128,7 +128,7 @@ def context_growth(
     def at(tokens: int) -> Placement:
         if moved_on():
             raise MovedOn
-        workload = Workload(context_length=tokens, batch_size=batch)
+        workload = dataclasses.replace(recipe.workload, context_length=tokens)
         return attempt(recipe.with_(workload=workload), placement.device_map)
 
     tried = [at(tokens) for tokens in lengths]

@@ -13,7 +13,7 @@ import ipywidgets as w
 from workbench.hardware import Device, DeviceId, Machine, format_bytes, parse_bytes
 from workbench.panels.advanced import advanced
 from workbench.panels.look import classed, close_tree, html, panel, problem_line
-from workbench.panels.state import bind, device_class
+from workbench.panels.state import THIS_MACHINE, bind, device_class
 from workbench.recipe import STRATEGIES
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from workbench.panels.state import State
 
-THIS_MACHINE = "This machine"
 _GIB = 2**30
 
 
@@ -136,8 +135,6 @@ class DevicesPanel:
     def _machine_shown(self) -> str:
         name = str(self._state.machine.name)
         self._known[name] = self._state.machine
-        if name not in self.machine.options:
-            self.machine.options = self._machines()
         return name
 
     def _pick_machine(self, name: str) -> None:
@@ -164,8 +161,7 @@ class DevicesPanel:
         self._state.update(strategy="custom", device_map=dict(placement.device_map))
 
     def _reset(self, _: object) -> None:
-        name = self._state.machine.name
-        fresh = _this_machine() if name == THIS_MACHINE else self._state.machine
+        fresh = _this_machine() if self._state.is_here else self._state.machine
         self._state.update(machine=fresh, max_memory=None)
 
     def _rebuild(self, _: object = None) -> None:

@@ -12,7 +12,7 @@ import ipywidgets as w
 
 from workbench.generation import WHEN_FULL, GenerationOptions
 from workbench.panels.chat import History
-from workbench.panels.look import Log, classed, html, problem_line, text_field, visible
+from workbench.panels.look import Log, classed, html, number_field, problem_line, text_field, visible
 from workbench.panels.run import enable
 from workbench.panels.state import NO_MODEL, as_sentence, bind
 from workbench.show import rate
@@ -108,10 +108,12 @@ class GeneratePanel:
         state = self._state
         self.mode = classed(
             w.ToggleButtons(
+                description="Mode",
                 options=list(_MODES.items()),
                 tooltips=["Ask once", "A conversation with its history", "One prompt in each line, answered together"],
             ),
             "wb-mode",
+            "wb-unseen-label",
         )
         self.prompt = classed(
             w.Textarea(
@@ -121,14 +123,12 @@ class GeneratePanel:
             "wb-wide",
             "wb-stack",
         )
-        self.system = classed(
-            w.Text(
-                description="System",
-                placeholder="optional, e.g. You answer in one sentence.",
-                tooltip="The system prompt, for models whose chat template has one",
-            ),
+        self.system = text_field(
+            "System",
             "wb-system",
-            "wb-wide",
+            "optional, e.g. You answer in one sentence.",
+            "The system prompt, for models whose chat template has one",
+            live=True,
         )
         self.sample = classed(
             w.Checkbox(
@@ -137,22 +137,24 @@ class GeneratePanel:
             "wb-sampling",
         )
         self.numbers = {
-            "max_new_tokens": _number("New tokens", 64, "wb-max-new-tokens", "At most so many new tokens"),
-            "temperature": _number("Temperature", 0.7, "wb-temperature", "Higher is more random; above 0"),
-            "top_p": _number(
+            "max_new_tokens": number_field("New tokens", 64, "wb-max-new-tokens", "At most so many new tokens"),
+            "temperature": number_field("Temperature", 0.7, "wb-temperature", "Higher is more random; above 0"),
+            "top_p": number_field(
                 "Top p", 0.95, "wb-top-p", "Draw from the likeliest tokens that make up this share; 0 to 1"
             ),
-            "top_k": _number("Top k", 50, "wb-top-k", "Draw from so many likeliest tokens; 0 is all"),
-            "min_p": _number("Min p", 0.0, "wb-min-p", "Only tokens this share as likely as the likeliest; 0 is all"),
-            "seed": _number("Seed", 0, "wb-seed", "The same seed gives the same answer"),
-            "repetition_penalty": _number("Repetition", 1.0, "wb-repetition", "Above 1.0 repeats less"),
-            "num_beams": _number("Beams", 1, "wb-beams", "Follow so many answers at a time and give the likeliest"),
+            "top_k": number_field("Top k", 50, "wb-top-k", "Draw from so many likeliest tokens; 0 is all"),
+            "min_p": number_field(
+                "Min p", 0.0, "wb-min-p", "Only tokens this share as likely as the likeliest; 0 is all"
+            ),
+            "seed": number_field("Seed", 0, "wb-seed", "The same seed gives the same answer"),
+            "repetition_penalty": number_field("Repetition", 1.0, "wb-repetition", "Above 1.0 repeats less"),
+            "num_beams": number_field("Beams", 1, "wb-beams", "Follow so many answers at once and give the likeliest"),
         }
         self.stop_strings = text_field(
             "Stop at", "wb-stop-strings", "e.g. User: | END", "The answer ends before any of these; | parts them"
         )
         self.cache = _choice("Cache", {name: name for name in CACHES}, "wb-cache", "How the KV cache is kept")
-        self._untie = bind(
+        bind(
             self.cache,
             state,
             "generate",
@@ -232,7 +234,7 @@ class GeneratePanel:
                 return chat.send(prompt, assistant=assistant, options=options)
             return chat.edit(editing, prompt, assistant=assistant, options=options)
 
-        self._ask(ask)
+        self._ask(ask, (prompt, editing) if mode == "chat" else None)
 
     def _start_again(self, _: object) -> None:
         options = self.options()
@@ -240,7 +242,10 @@ class GeneratePanel:
             lambda session, assistant: self._conversation(session).regenerate(assistant=assistant, options=options)
         )
 
-    def _ask(self, ask: Callable[[Session, Session | None], Iterator[str]]) -> None:
+    def _ask(
+        self, ask: Callable[[Session, Session | None], Iterator[str]], sent: tuple[str, int | None] | None = None
+    ) -> None:
+        """Ask the loaded model; a message that is ``sent`` makes room for the next, and comes back if it fails."""
         state = self._state
         session = state.begin_with_model("generating")
         try:
@@ -252,17 +257,24 @@ class GeneratePanel:
             # This thread only passes pieces on; all torch work is the worker's.
             reader = threading.Thread(
                 target=self._read,
-                args=(session, lambda: ask(session, self.assistant.value)),
+                args=(session, lambda: ask(session, self.assistant.value), sent),
                 name="workbench-stream",
                 daemon=True,
             )
             self._reader = reader
+            if sent is not None:  # now: what is in the field later is the next message
+                self.prompt.value, self._editing = "", None
             reader.start()
         except BaseException:
+            self._put_back(sent)
             state.end()
             raise
 
-    def _read(self, session: Session, ask: Callable[[], Iterator[str]]) -> None:
+    def _put_back(self, sent: tuple[str, int | None] | None) -> None:
+        if sent is not None and not self.prompt.value:
+            self.prompt.value, self._editing = sent
+
+    def _read(self, session: Session, ask: Callable[[], Iterator[str]], sent: tuple[str, int | None] | None) -> None:
         text, unsent, sent_at, synced_at = "", "", 0.0, time.monotonic()
         before = session.last_stats
         try:
@@ -278,10 +290,9 @@ class GeneratePanel:
                 if now - synced_at >= _SYNC_SECONDS:
                     self.answer.text, unsent, synced_at = text, "", now
             self._stats.value = "" if session.last_stats is before else _stats_line(session)
-            if self.mode.value == "chat":
-                self.prompt.value, self._editing = "", None
         except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
             self._stats.value = ""
+            self._put_back(sent)
             self._state.report("generate", as_sentence(error))
         finally:
             self.answer.text = text
@@ -319,9 +330,9 @@ class GeneratePanel:
         visible(self._sampling_box, when=self.sample.value)
         if not state.activity:
             self._history.show(said)
-        others = {s.skeleton.source.title: s for s in state.sessions if s is not state.session}
-        if list(self.assistant.options) != [(_NOBODY, None), *others.items()]:
-            self.assistant.options = [(_NOBODY, None), *others.items()]
+        others = _named([session for session in state.sessions if session is not state.session])
+        if list(self.assistant.options) != [(_NOBODY, None), *others]:
+            self.assistant.options = [(_NOBODY, None), *others]
         visible(self.assistant, when=bool(others))
         label = {"prompt": "Prompt", "chat": "Message", "many": "Prompts, one in each line"}[mode]
         self.prompt.description = "In place of what you said" if self._editing is not None and mode == "chat" else label
@@ -354,14 +365,17 @@ class GeneratePanel:
             self._use.value = said
 
 
+def _named(sessions: list[Session]) -> list[tuple[str, Session]]:
+    """Each with a name of its own."""
+    names = [f"{session.skeleton.source.title}, {session.placement.precision.label}" for session in sessions]
+    twice = {name for name in names if names.count(name) > 1}
+    numbered = [f"{name} ({number})" if name in twice else name for number, name in enumerate(names, start=1)]
+    return list(zip(numbered, sessions, strict=True))
+
+
 def _listed(prompts: list[str], answers: Iterator[str]) -> Iterator[str]:
     for prompt, answer in zip(prompts, answers, strict=False):
         yield f"{prompt}\n→ {answer.strip()}\n\n"
-
-
-def _number(label: str, value: float, name: str, tip: str) -> Any:
-    kind = w.IntText if isinstance(value, int) else w.FloatText
-    return classed(kind(description=label, value=value, tooltip=tip), name, "wb-short")
 
 
 def _choice(label: str, options: dict[str, Any], name: str, tip: str) -> Any:

@@ -13,16 +13,14 @@ from traitlets import List, Unicode
 
 from workbench.gptq_files import weight_basenames
 from workbench.gptq_layers import quantized_shapes
-from workbench.hardware import Machine
 from workbench.kernels import backends
 from workbench.model import ModelRef
 from workbench.panels.look import classed, html, problem_line, text_field, visible
-from workbench.panels.state import as_sentence
 from workbench.panels.what_if import Latest
 from workbench.precision import GPTQ, FullPrecision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from workbench.kernels import Backend
     from workbench.panels.state import State
@@ -89,10 +87,7 @@ class FilesControls:
                     quantize_config=self.config.value.strip() or None,
                     allow_pickle=self.pickles.value,
                 )
-                changes: dict[str, Any] = {"model": ref}
-                if self._state.recipe.strategy == "custom":  # its map may name another model's layers
-                    changes |= {"strategy": "auto", "device_map": None}
-                self._state.update(**changes)
+                self._state.take_model(ref)
 
             self._state.guarded("model", change)()
 
@@ -101,8 +96,7 @@ class FilesControls:
         with self._state.lock:
             named, ref = self._name.value.strip(), self._state.recipe.model
             (name_before, ref_before), self._looked_at = self._looked_at, (named, ref)
-            folder = Path(named).expanduser() if named else None
-            sets = weight_basenames(folder) if folder is not None and folder.is_dir() else {}
+            sets = _sets_in(named) if named else {}
             self._showing = True
             try:
                 options = (_BY_ITSELF, *((name, name) for name in sets))
@@ -118,6 +112,15 @@ class FilesControls:
             visible(self.weights, when=len(sets) > 1)
             if sets and self._state.problems.get("model"):
                 self.box.selected_index = 0
+
+
+def _sets_in(named: str) -> Mapping[str, Any]:
+    """The sets of weight files in a folder; none where there is no such folder, for reading the model says so."""
+    try:
+        folder = Path(named).expanduser()
+        return weight_basenames(folder) if folder.is_dir() else {}
+    except (OSError, RuntimeError, ValueError):  # forbidden, too long, or a ~user whom nobody knows
+        return {}
 
 
 class KernelChoice(anywidget.AnyWidget):
@@ -213,27 +216,22 @@ class KernelControls:
             if key == self._key:
                 return
             self._key = key
-            if state.machine.name in Machine.presets():
+            if not state.is_here:
                 self._offer((), "Which kernels there are is seen on the machine itself.")
                 return
             self._offer((), "Looking which kernels can be used here ...")
             dtype = placement.dtype
 
-        def job(moved_on: Callable[[], bool]) -> None:
-            if moved_on():
-                return
-            said = ""
-            found: tuple[Backend, ...] = ()
-            try:
-                shapes = quantized_shapes(skeleton)
-                found = offered_backends(stored, shapes, devices=devices, dtype=dtype, adapters=adapters)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
-                said = as_sentence(error)
-            with self._state.lock:
-                if key == self._key:
-                    self._offer(found, said)
+        def find() -> tuple[Backend, ...]:
+            shapes = quantized_shapes(skeleton)
+            return offered_backends(stored, shapes, devices=devices, dtype=dtype, adapters=adapters)
 
-        self._latest.ask(job)
+        def take(found: tuple[Backend, ...] | None, problem: str) -> None:
+            with state.lock:
+                if key == self._key:
+                    self._offer(found or (), problem)
+
+        self._latest.find_out(find, take)
 
     def _offer(self, found: tuple[Backend, ...], said: str) -> None:
         choices = [{"name": b.name, "usable": b.usable, "reason": b.reason} for b in found]

@@ -23,7 +23,8 @@ class Page(anywidget.AnyWidget):
 
     Plotly follows neither by itself: it knows nothing of the notebook's theme, and a figure that was drawn before its
     place had a width keeps a width of its own. On the way it names the sliders' handles
-    for screen readers, and lets tooltips of labels that are not seen be seen.
+    for screen readers, lets tooltips of labels that are not seen be seen, and keeps keys from JupyterLab that are meant
+    for what is read here.
 
     Attributes:
         dark: Whether the notebook is dark.
@@ -57,16 +58,23 @@ class Page(anywidget.AnyWidget):
         }
       };
       const namer = new MutationObserver(name);
-      let waiting = 0;
+      // JupyterLab's own keys (x cuts a cell) must not be meant where there is nothing to type, but something to read.
+      const keep = (event) => {
+        const here = event.target.matches("[tabindex='0'], .wb-code button, .wb-kernel select, .wb-push *");
+        if (here && !event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+      };
+      let waiting = 0, root = null;
       const begin = () => {
-        const root = el.closest(".wb-root");
+        root = el.closest(".wb-root");
         if (!root) { waiting = requestAnimationFrame(begin); return; }
+        root.addEventListener("keydown", keep);
         namer.observe(root, { childList: true, subtree: true, attributes: true, attributeFilter: ["title"] });
         name();
       };
       begin();
       return () => {
         cancelAnimationFrame(waiting);
+        root?.removeEventListener("keydown", keep);
         for (const each of [watcher, ruler, namer]) each.disconnect();
       };
     } };
@@ -174,10 +182,24 @@ def html(*names: str, value: str = "") -> Any:
     return classed(w.HTML(value=value), *names)
 
 
-def text_field(label: str, name: str, example: str, tip: str) -> Any:
-    """A line of text with a label, an example in it while it is empty, and a tooltip."""
-    field = w.Text(description=label, placeholder=example, tooltip=tip, continuous_update=False)
+def text_field(label: str, name: str, example: str, tip: str, *, live: bool = False) -> Any:
+    """A line of text with a label, an example while it is empty, and a tooltip; ``live`` tells of every letter."""
+    field = w.Text(description=label, placeholder=example, tooltip=tip, continuous_update=live)
     return classed(field, name, "wb-wide")
+
+
+def number_field(label: str, value: float, name: str, tip: str) -> Any:
+    """A number with a label and a tooltip, whole if its first value is."""
+    kind = w.IntText if isinstance(value, int) else w.FloatText
+    return classed(kind(description=label, value=value, tooltip=tip), name, "wb-short")
+
+
+def threshold_slider(name: str, tip: str, value: float) -> Any:
+    """int8's threshold."""
+    slider = w.FloatSlider(
+        description="Threshold", min=0.0, max=20.0, step=0.5, value=value, readout_format=".1f", tooltip=tip
+    )
+    return classed(slider, name, "wb-wide")
 
 
 def button(label: str, name: str, tip: str, style: str = "") -> Any:

@@ -67,10 +67,7 @@ class ModelPanel:
                 self._state.report("model", "")
 
     def _change(self, text: str) -> None:
-        changes: dict[str, Any] = {}
-        if self._state.recipe.strategy == "custom":  # its map names another model's layers
-            changes = {"strategy": "auto", "device_map": None}
-        self._state.update(model=ModelRef.parse(text), **changes)
+        self._state.take_model(ModelRef.parse(text))
 
     def _show_facts(self, _: object = None) -> None:
         skeleton = self._state.skeleton

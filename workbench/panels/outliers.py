@@ -11,7 +11,7 @@ import ipywidgets as w
 from workbench.int8_outliers import DEFAULT_THRESHOLD, outliers
 from workbench.panels.job import Job
 from workbench.panels.lines import LinesSpec, LinesView
-from workbench.panels.look import classed, html, problem_line, visible
+from workbench.panels.look import classed, html, problem_line, threshold_slider, visible
 from workbench.panels.state import NO_MODEL
 from workbench.precision import Int8
 
@@ -50,18 +50,10 @@ class OutliersPanel:
             "wb-wide",
             "wb-stack",
         )
-        self.threshold = classed(
-            w.FloatSlider(
-                description="Threshold",
-                min=0.0,
-                max=20.0,
-                step=0.5,
-                value=DEFAULT_THRESHOLD,
-                readout_format=".1f",
-                tooltip="Columns that reach this magnitude are multiplied in 16 bits; moving it asks nothing anew",
-            ),
+        self.threshold = threshold_slider(
             "wb-outliers-threshold",
-            "wb-wide",
+            "Columns that reach this magnitude are multiplied in 16 bits; moving it asks nothing anew",
+            DEFAULT_THRESHOLD,
         )
         self.measure = classed(
             w.Button(description="Measure", button_style="primary", tooltip="Read the prompt and note the magnitudes"),

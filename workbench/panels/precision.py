@@ -11,7 +11,16 @@ import ipywidgets as w
 
 from workbench.casts import conversions
 from workbench.gptq_layers import with_fitting_groups
-from workbench.panels.look import classed, close_tree, html, panel, problem_line, text_field, visible
+from workbench.panels.look import (
+    classed,
+    close_tree,
+    html,
+    panel,
+    problem_line,
+    text_field,
+    threshold_slider,
+    visible,
+)
 from workbench.panels.skip import ModulePicker
 from workbench.panels.state import bind
 from workbench.precision import (
@@ -84,7 +93,8 @@ class PrecisionPanel:
         self.method = classed(
             w.ToggleButtons(
                 options=offered,
-                tooltips=[_METHODS[name][1] for name in offered],
+                # Those of the others too: a recipe from a cell may have such a method, and its button comes last.
+                tooltips=[_METHODS[name][1] for name in dict.fromkeys((*offered, *_EXTRA))],
                 value="full",
                 description="Precision",
             ),
@@ -101,18 +111,11 @@ class PrecisionPanel:
             "wb-dtype",
             "wb-wide",
         )
-        self.threshold = classed(
-            w.FloatSlider(
-                description="Threshold",
-                min=0.0,
-                max=20.0,
-                step=0.5,
-                readout_format=".1f",
-                tooltip="Outliers: columns of the hidden states in which a magnitude reaches this are multiplied in 16 "
-                "bits. Lower it if answers get worse, raise it for speed; 0 is off. The Outliers tab shows how many",
-            ),
+        self.threshold = threshold_slider(
             "wb-threshold",
-            "wb-wide",
+            "Outliers: columns of the hidden states in which a magnitude reaches this are multiplied in 16 bits. Lower "
+            "it if answers get worse, raise it for speed; 0 is off. The Outliers tab shows how many",
+            Int8().threshold,
         )
         self.double_quant = classed(
             w.Checkbox(
@@ -203,7 +206,7 @@ class PrecisionPanel:
         self.ao_bits = _dropdown("Bits", (8, 4), "wb-ao-bits", "8 runs on any device, 4 on NVIDIA GPUs from Ampere on")
         self.ao_group = _dropdown(
             "Group size",
-            (("torchao's own", None), *_GROUPS),
+            (("torchao's own", None), *_GROUPS, ("whole rows", -1)),
             "wb-ao-group",
             "So many weights of a row share a scale: whole rows in 8 bits, 128 in 4",
         )

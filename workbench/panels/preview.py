@@ -76,6 +76,7 @@ class PreviewPanel:
         state.observe(self._show_doing, ["doing", "recipe", "machine", "placement"])
         state.observe(self._redraw, ["pinned", "session"])
         self.page.observe(self._redraw, ["dark", "width_px"])
+        self.page.observe(lambda _: state.be_seen(), "width_px")
         self.hands.kinds.observe(self._switch_kinds, "value")
         self._maker = threading.Thread(target=self._make_chart, name="workbench-chart", daemon=True)
         self._show()
@@ -88,12 +89,14 @@ class PreviewPanel:
     def close(self) -> None:
         """Let the background thread come to its end."""
         self._closed = True
+        self._state.be_seen()
         self.hands.close()
         self._live.close()
         if self._maker.is_alive():
             self._maker.join()
 
     def _make_chart(self) -> None:
+        self._state.wait_seen()
         import_numpy()
         try:
             chart = Chart()
@@ -146,7 +149,7 @@ class PreviewPanel:
             spec = self._spec(placement)
             if self._holder.layout.height != f"{spec.height_px}px":
                 self._holder.layout.height = f"{spec.height_px}px"
-            self.hands.draw(spec)
+            self.hands.draw(spec, 0 if self.chart is None else self.page.width_px)
             if self.chart is None:
                 self._plain.value = spec_as_html(spec)
                 return

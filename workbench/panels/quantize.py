@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 
 from workbench.gptq import quantize
-from workbench.hardware import Machine
 from workbench.model import ModelRef
 from workbench.panels.ahead import AheadView
 from workbench.panels.calibration import CalibrationControls
 from workbench.panels.job import Job
-from workbench.panels.look import classed, html, problem_line, text_field, visible
+from workbench.panels.look import button, classed, html, problem_line, text_field, visible
 from workbench.panels.push import PushControls
 from workbench.panels.quantized import QuantizedView, worst_modules
-from workbench.panels.state import bind
+from workbench.panels.state import NOT_FINISHED, bind
 from workbench.precision import GPTQ, FullPrecision
 
 if TYPE_CHECKING:
@@ -62,11 +61,11 @@ class QuantizePanel:
             w.Checkbox(description="Overwrite", indent=False, tooltip="Replace the output folder if it exists"),
             "wb-overwrite",
         )
-        self.quantize = _button("Quantize", "wb-quantize", "Save the model, quantized, in the output folder", "primary")
-        self.cancel = _button("Cancel", "wb-quantize-cancel", "Stop after the module that is being quantized")
+        self.quantize = button("Quantize", "wb-quantize", "Save the model, quantized, in the output folder", "primary")
+        self.cancel = button("Cancel", "wb-quantize-cancel", "Stop after the module that is being quantized")
         self._why = html("wb-note", "wb-quantize-why")
-        self.open = _button("Open the result", "wb-open-result", "Make the quantized folder the model")
-        self.skip = _button("Skip the worst modules", "wb-skip-worst", "Add what changed most to skip_modules")
+        self.open = button("Open the result", "wb-open-result", "Make the quantized folder the model")
+        self.skip = button("Skip the worst modules", "wb-skip-worst", "Add what changed most to skip_modules")
         self._view = QuantizedView(page)
         self._knobs = _knobs(state)
         self._after = w.VBox([self._view.box, classed(w.HBox([self.open, self.skip]), "wb-row"), self.push.box])
@@ -153,11 +152,7 @@ class QuantizePanel:
     def _open(self, _: object) -> None:
         if self.report is None:
             raise ValueError("Nothing has been quantized yet.")
-        state = self._state
-        changes: dict[str, Any] = {"model": ModelRef(name=self.report.folder), "precision": FullPrecision()}
-        if state.recipe.strategy == "custom":  # its map is the original's
-            changes |= {"strategy": "auto", "device_map": None}
-        state.update(**changes)
+        self._state.take_model(ModelRef(name=self.report.folder), precision=FullPrecision())
 
     def _skip_worst(self, _: object) -> None:
         with self._state.lock:
@@ -178,10 +173,10 @@ class QuantizePanel:
         skeleton, precision = state.skeleton, state.recipe.precision
         if state.activity:
             return f"Workbench is {state.activity}: wait for it, or stop it first."
-        if state.machine.name in Machine.presets():
+        if not state.is_here:
             return f"The preview is for {state.machine.name}: pick This machine to quantize."
         if skeleton is None or not state.is_current:
-            return "The preview is not finished: wait until it shows where the layers go."
+            return NOT_FINISHED
         if skeleton.quantized_as is not None:
             return f"{skeleton.source.title} is quantized already ({skeleton.quantized_as}): pick the original model."
         if not isinstance(precision, GPTQ):
@@ -261,7 +256,3 @@ def _knobs(state: State) -> Any:
     box = classed(w.Accordion([w.VBox(inside)], titles=("More of GPTQ",)), "wb-knobs", "wb-gptq-knobs")
     box.selected_index = None
     return box
-
-
-def _button(label: str, name: str, tip: str, style: str = "") -> Any:
-    return classed(w.Button(description=label, tooltip=tip, button_style=style, layout=w.Layout(width="auto")), name)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
-from workbench.hardware import Machine, device_label, format_bytes
+from workbench.adapters import check_all_here
+from workbench.hardware import device_label, format_bytes
 from workbench.load_guard import DoesNotFit
 from workbench.loading import load
+from workbench.model import check_weights
 from workbench.panels.job import Job
 from workbench.panels.look import classed, close_tree, html, problem_line, visible
-from workbench.panels.state import as_sentence
+from workbench.panels.state import NOT_FINISHED, as_sentence
+from workbench.precision import GPTQ
 from workbench.session import worker
 from workbench.weight_cache import empty, kept_weights
 
@@ -32,7 +35,7 @@ class LoadPanel:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._job = Job(state, "load", cancelled="Loading was cancelled; nothing is loaded.", tip="How much is loaded")
+        self._job = Job(state, "load", cancelled="Loading was cancelled.", tip="How much is loaded")
         self.load = classed(
             w.Button(description="Load", button_style="primary", tooltip="Load the model exactly as the preview shows"),
             "wb-load",
@@ -81,7 +84,9 @@ class LoadPanel:
         self.cancel.on_click(self._cancel)
         self.empty.on_click(state.guarded("load", self._empty))
         self.unload.on_click(state.guarded("load", self._unload))
-        state.observe(self._show, ["activity", "session", "recipe", "machine", "placement"])
+        # "doing" last: an equal placement that answers a new question is announced by nothing else.
+        state.observe(self._show, ["activity", "session", "recipe", "machine", "skeleton", "placement", "doing"])
+        state.observe(self._drop_question, ["recipe", "machine"])
         state.observe(self._show_report, "session")
         state.observe(self._show_loaded, ["sessions", "session", "activity"])
         state.observe(self._show_kept, "activity")
@@ -97,11 +102,13 @@ class LoadPanel:
     def _start(self, *, anyway: bool = False) -> None:
         state = self._state
         with state.lock:
-            recipe, machine, skeleton = state.recipe, state.machine, state.skeleton
-            if machine.name in Machine.presets():
-                raise ValueError(f"The preview is for {machine.name}, which is not here: pick This machine to load.")
-            if not state.is_current or skeleton is None:
-                raise ValueError("The preview is not finished: wait until it shows where the layers go.")
+            why = why_not_load(state)  # before a loaded model is unloaded for it
+            if why:
+                raise ValueError(why)
+            recipe, machine = state.recipe, state.machine
+            check_weights(state.skeleton.source)
+            if recipe.adapters:
+                check_all_here(state.placement)
             state.begin("loading")
         job = self._job
 
@@ -119,6 +126,12 @@ class LoadPanel:
         doing = self._job.doing
         if self._state.activity and doing:
             self._job.say(f"Stopping. It waits for the end of a step: {doing}", None)
+
+    def _drop_question(self, _: object) -> None:
+        """What went wrong with other choices is no answer to these."""
+        self._state.report("load", "")
+        if self._way_out.layout.display is None:
+            self._offer(None)
 
     def _offer(self, error: Exception | None) -> None:
         """Offer ways out of what went wrong, as buttons; None takes them away."""
@@ -207,23 +220,42 @@ class LoadPanel:
 
     def _show(self, _: object = None) -> None:
         state = self._state
-        idle, session = not state.activity, state.session
-        elsewhere = state.machine.name in Machine.presets()
-        enable(self.load, when=idle and state.placement is not None and not elsewhere)
+        idle, session, why = not state.activity, state.session, why_not_load(state)
+        enable(self.load, when=not why)
         enable(self.cancel, when=state.activity == "loading")
         enable(self.unload, when=idle and session is not None)
         differs = session is not None and session.recipe != _with_cache_of(state.recipe, session.recipe)
-        note = (
-            "The loaded model differs from what the preview shows: press Load to load that instead." if differs else ""
-        )
-        if elsewhere:
-            note = f"The preview is for {escape(state.machine.name)}: pick This machine to load."
+        note = escape(why) if idle else ""
+        if differs and not note:
+            note = "The loaded model differs from what the preview shows: press Load to load that instead."
         if self._differs.value != note:
             self._differs.value = note
 
     def _show_report(self, _: object = None) -> None:
         session = self._state.session
         self._report.value = "" if session is None else load_report_html(session)
+
+
+def why_not_load(state: State) -> str:
+    """Why what the preview shows cannot be loaded now, as a sentence; empty if it can, as far as that is known."""
+    skeleton, placement, precision = state.skeleton, state.placement, state.recipe.precision
+    if state.activity:
+        return f"Workbench is {state.activity}: wait for it, or stop it first."
+    if not state.is_here:
+        return f"The preview is for {state.machine.name}, which is not here: pick This machine to load."
+    if skeleton is None or placement is None or not state.is_current:
+        return NOT_FINISHED
+    title = skeleton.source.title
+    if not skeleton.has_weights:
+        return f"{title} has no weight files: it can be planned for, not loaded."
+    if skeleton.not_loadable_because is not None:
+        return f"{title} is quantized ({skeleton.quantized_as}) and cannot be loaded: {skeleton.not_loadable_because}."
+    if skeleton.source.gguf_file is not None and "disk" in placement.device_map.values():
+        return f"{title} is a GGUF file, of which nothing can wait on disk: raise the other budgets."
+    if isinstance(precision, GPTQ) and skeleton.quantized_as is None:
+        return f"{title} is not quantized yet, and GPTQ is not done while loading: quantize it in the Quantize tab."
+    refused = precision.refused_because(placement.device_map.values())
+    return "" if refused is None else f"{precision.label} cannot be loaded as the preview has it: {refused}."
 
 
 def _with_cache_of(recipe: Recipe, loaded: Recipe) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 
@@ -98,9 +98,8 @@ class SavePanel:
     def _open(self, _: object) -> None:
         if self._saved is None:
             raise ValueError("Save the model first.")
-        # What is quantized stays so, and a map of the original's modules may name others.
-        changes: dict[str, Any] = {"precision": FullPrecision(), "strategy": "auto", "device_map": None, "adapters": ()}
-        self._state.update(model=ModelRef(name=str(self._saved)), **changes)
+        # What is quantized stays so.
+        self._state.take_model(ModelRef(name=str(self._saved)), precision=FullPrecision(), adapters=())
 
     def _show(self, _: object = None) -> None:
         state = self._state

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 
 from workbench.casts import covers, left_alone
-from workbench.panels.look import classed
+from workbench.panels.look import classed, text_field
 from workbench.precision import GPTQ
 
 if TYPE_CHECKING:
@@ -34,14 +34,12 @@ class ModulePicker:
         self._state = state
         self._shown: Any = None  # what the list was made from
         self._showing = False
-        self.find = classed(
-            w.Text(
-                description="Find",
-                placeholder="mlp, layers.3, lm_head, or a pattern",
-                tooltip="Show only modules whose name has this in it; a regular expression works too",
-            ),
+        self.find = text_field(
+            "Find",
             "wb-skip-find",
-            "wb-wide",
+            "mlp, layers.3, lm_head, or a pattern",
+            "Show only modules whose name has this in it; a regular expression works too",
+            live=True,
         )
         self.modules = classed(
             w.SelectMultiple(

@@ -36,6 +36,9 @@ class _Answer:
 
 
 NO_MODEL = "Load a model first, in the Load tab."
+NOT_FINISHED = "The preview is not finished: wait until it shows where the layers go."
+THIS_MACHINE = "This machine"  # as Machine.detect() calls what it finds
+_UNSEEN_SECONDS = 1.0  # longer than a page needs to show the controls
 _REST_SECONDS = 0.5  # more than what lies between two steps of a slider on a busy machine
 
 
@@ -67,6 +70,7 @@ class State(HasTraits):
         super().__init__()
         self.lock = threading.RLock()
         self._wake = threading.Condition(self.lock)
+        self._seen = threading.Event()
         self._detected = machine is not None
         self._wanted = True  # the planner's single slot: whatever recipe and machine are when it looks
         self._working = False
@@ -94,6 +98,11 @@ class State(HasTraits):
         good = self._good
         return good is not None and good.recipe == self.recipe and good.machine == self.machine
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the machine that is planned for is the one that this runs on: only there can anything be loaded."""
+        return bool(self.machine.name == THIS_MACHINE)
+
     # What the panels do.
 
     def update(self, *, machine: Machine | None = None, **changes: Any) -> None:
@@ -118,6 +127,19 @@ class State(HasTraits):
                 answer = _Answer(recipe=recipe, machine=machine, skeleton=good.skeleton, placement=placement)
                 self._publish(recipe, machine, answer)
             self._want()
+
+    def take_model(self, model: ModelRef, **changes: Any) -> None:
+        """Pick a model; what was chosen for another one's layers, a custom map and adapters, goes.
+
+        Raises:
+            ValueError: If a choice cannot be meant; nothing is changed then.
+        """
+        with self.lock:
+            if self.recipe.strategy == "custom":
+                changes = {"strategy": "auto", "device_map": None, **changes}
+            if model.name != self.recipe.model.name:
+                changes = {"adapters": (), **changes}
+            self.update(model=model, **changes)
 
     def replace(self, recipe: Recipe) -> None:
         """Change all choices at once, checked in full before anything changes; takes seconds for a model not yet seen.
@@ -147,6 +169,7 @@ class State(HasTraits):
         Returns:
             Whether it has come to rest.
         """
+        self.be_seen()
         with self._wake:
             return self._wake.wait_for(lambda: self._closed or not (self._wanted or self._working), timeout)
 
@@ -230,8 +253,17 @@ class State(HasTraits):
         """Start planning in the background."""
         self._planner.start()
 
+    def be_seen(self) -> None:
+        """Let heavy imports begin: a page shows the controls, or somebody waits for an answer."""
+        self._seen.set()
+
+    def wait_seen(self) -> None:
+        """Hold heavy imports back for a moment: beside them the controls would take longer to show."""
+        self._seen.wait(_UNSEEN_SECONDS)
+
     def close(self) -> None:
         """Stop the planner; a step that it is in the middle of is finished first."""
+        self.be_seen()
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -254,6 +286,7 @@ class State(HasTraits):
                 self.set_trait("problems", {**self.problems, "preview": ""})
 
     def _plan_forever(self) -> None:
+        self.wait_seen()
         import_numpy()
         while True:
             with self._wake:
@@ -407,7 +440,8 @@ def bind(
     """Tie a control's value to a choice of the recipe, both ways.
 
     What the control says is compared at its own resolution: a value that already says what the recipe says writes
-    nothing, so nothing loops. A refused value is put back, and the panel says why.
+    nothing, so nothing loops. A refused value is put back, and the panel says why. A list gets a value that it lacks: a
+    recipe from a cell or a file may say more than people are offered.
 
     Args:
         control: A widget with a ``value``.
@@ -420,15 +454,24 @@ def bind(
     Returns:
         A function that unties them.
     """
+    filling = False  # the control is being set, not used: a list with other options begins with the first of them
 
     def from_state(_: object = None) -> None:
+        nonlocal filling
         shown = show()
-        if not same(control.value, shown):
-            control.value = shown
+        if same(control.value, shown):
+            return
+        with state.lock:
+            filling = True
+            try:
+                offer(control, shown)
+                control.value = shown
+            finally:
+                filling = False
 
     def from_control(change: Any) -> None:
         with state.lock:
-            if not same(change["new"], show()):
+            if not filling and not same(change["new"], show()):
                 state.guarded(panel, write)(change["new"])
                 from_state()
 
@@ -437,6 +480,16 @@ def bind(
     state.observe(from_state, names)
     control.observe(from_control, "value")
     return lambda: state.unobserve(from_state, names)
+
+
+def offer(control: Any, value: Any) -> None:
+    """Add a value to a list that lacks it; other controls are left alone."""
+    options = getattr(control, "options", None)
+    if not options:
+        return
+    paired = isinstance(options[0], tuple)
+    if value not in [option[1] if paired else option for option in options]:
+        control.options = (*options, (str(value), value) if paired else value)
 
 
 def device_class(device: Device) -> str:

@@ -234,7 +234,7 @@ export default {
       held[bar.label] = wanted;
       drawLimit(bar);
       // A trait, not a message: while one is on its way the next ones are merged, so nothing queues.
-      model.set("limit", { device: bar.label, gib: wanted });
+      model.set("limit", { device: bar.label, gib: wanted, nth: (model.get("limit").nth ?? 0) + 1 });
       model.save_changes();
     };
     const drawLimit = (bar) => {
@@ -264,12 +264,16 @@ export default {
       handle.addEventListener("pointermove", (event) => {
         if (scale) moveLimit(bar(), began[1] + (event.clientX - began[0]) * scale);
       });
+      const back = () => setTimeout(() => { // to what is in force, should it have been refused
+        const now = bar();
+        if (now && !(label in held)) drawLimit(now);
+      }, 500);
       const letGo = () => {
         if (!scale) return;
         scale = 0;
         delete held[label];
         handle.classList.remove("wb-held");
-        setTimeout(() => { if (!scale) drawLimit(bar()); }, 500); // back, should it have been refused
+        back();
         say(`Limit of ${label} ${handle.getAttribute("aria-valuetext")}`);
       };
       handle.addEventListener("pointerup", letGo);
@@ -286,7 +290,13 @@ export default {
         event.preventDefault();
         event.stopPropagation();
       });
-      handle.addEventListener("keyup", () => { delete held[label]; });
+      for (const end of ["keyup", "blur"]) {
+        handle.addEventListener(end, () => {
+          if (scale || !(label in held)) return;
+          delete held[label];
+          back();
+        });
+      }
       return handle;
     };
     const drawLimits = () => {
@@ -372,6 +382,8 @@ export default {
     const draw = () => {
       picture = model.get("picture");
       if (!picture.bars) return;
+      // As wide as the figure, which is so wide in every place where it is displayed.
+      el.style.width = picture.width ? `${picture.width}px` : "";
       for (const box of [marks, texts, limits, strip, list]) {
         box.style.left = `${picture.left}px`;
         box.style.right = `${picture.right}px`;

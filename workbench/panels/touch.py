@@ -13,10 +13,10 @@ from traitlets import Dict
 
 from workbench.hardware import device_label, format_bytes
 from workbench.panels.devices import largest_gib, set_budget, slider_step
-from workbench.panels.look import classed, html
+from workbench.panels.look import button, classed, html
 from workbench.panels.moving import History, moved_map, tied_with
 from workbench.panels.picture import overlay
-from workbench.panels.state import as_sentence
+from workbench.panels.state import NOT_FINISHED, as_sentence
 from workbench.reasons import why
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class Touch(anywidget.AnyWidget):
 
     Attributes:
         picture: Where everything is, as :func:`workbench.panels.picture.overlay` says it.
-        limit: What a hand drags: {"device": label, "gib": size}.
+        limit: What a hand drags: {"device": label, "gib": size, "nth": number}. Nobody is told of an equal trait, and a
+            limit may be dragged to the same place again: each time has another number.
         live: Device label to (bytes, what to say): memory as it is now.
     """
 
@@ -59,10 +60,12 @@ class Hands:
         self._thinking: threading.Thread | None = None
         self.history = History(state)
         self.touch = classed(Touch(), "wb-touch")
-        self.undo = _button("Undo", "wb-undo", "Undo the last change (Ctrl+Z in the picture)")
-        self.redo = _button("Redo", "wb-redo", "Do again what was undone (Ctrl+Y in the picture)")
-        self.auto = _button("Back to auto", "wb-auto", 'Let the strategy "auto" place every layer again')
-        self.pin = _button("Pin", "wb-pin", "Keep this placement to compare the next ones with")
+        self.undo = button("Undo", "wb-undo", "Undo the last change (Ctrl+Z in the picture)")
+        self.redo = button("Redo", "wb-redo", "Do again what was undone (Ctrl+Y in the picture)")
+        self.auto = button("Back to auto", "wb-auto", 'Let the strategy "auto" place every layer again')
+        self.pin = button("Pin", "wb-pin", "Keep this placement to compare the next ones with")
+        for each in (self.undo, self.redo, self.auto, self.pin):
+            each.add_class("wb-tool")
         self.kinds = classed(
             w.ToggleButton(description="Kinds", tooltip="Show what layers are made of", layout=w.Layout(width="auto")),
             "wb-kinds",
@@ -86,11 +89,11 @@ class Hands:
         if self._thinking is not None:
             self._thinking.join()
 
-    def draw(self, spec: ChartSpec) -> None:
-        """Put the layer where the figure now is."""
+    def draw(self, spec: ChartSpec, width_px: int) -> None:
+        """Put the layer where the figure now is, which is so wide; 0 if it is as wide as its place."""
         devices = self._state.machine.devices
         steps = {d.label: (largest_gib(d.total_bytes), slider_step(d.total_bytes)) for d in devices}
-        picture = overlay(spec, steps)
+        picture = {**overlay(spec, steps), "width": width_px}
         if picture != self.touch.picture:
             self.touch.picture = picture
 
@@ -104,7 +107,7 @@ class Hands:
         with state.lock:
             placement, skeleton = state.placement, state.skeleton
             if placement is None or skeleton is None or not state.is_current:
-                raise ValueError("The preview is not finished: wait until it shows where the layers go.")
+                raise ValueError(NOT_FINISHED)
             device_map = moved_map(placement, skeleton, layers, device)
             state.update(strategy="custom", device_map=device_map)
             moved = tied_with(layers, skeleton)
@@ -160,7 +163,7 @@ class Hands:
             state.pin(None)
             self._say("Nothing is pinned any more.")
         elif state.placement is None or not state.is_current:
-            raise ValueError("The preview is not finished: wait until it shows where the layers go.")
+            raise ValueError(NOT_FINISHED)
         else:
             state.pin(state.placement)
             self._say("Pinned: what changes from here on is in the Compare tab, and drawn as outlines.")
@@ -190,18 +193,14 @@ class Hands:
 
     def _show(self, _: object = None) -> None:
         state = self._state
-        for button, when in (
+        for control, when in (
             (self.undo, bool(self.history.done)),
             (self.redo, bool(self.history.undone)),
             (self.auto, state.recipe.strategy != "auto"),
             (self.pin, state.placement is not None),
         ):
-            if button.disabled == when:
-                button.disabled = not when
+            if control.disabled == when:
+                control.disabled = not when
         word = "Pin" if state.pinned is None else "Unpin"
         if self.pin.description != word:
             self.pin.description = word
-
-
-def _button(label: str, name: str, tip: str) -> Any:
-    return classed(w.Button(description=label, tooltip=tip, layout=w.Layout(width="auto")), name, "wb-tool")

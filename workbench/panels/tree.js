@@ -86,7 +86,10 @@ export default {
       else if (event.key === "ArrowRight" && row.open === false) toggle(row);
       else if (event.key === "ArrowRight" && row.open) go(at + 1);
       else if (event.key === "ArrowLeft" && row.open) toggle(row);
-      else if (event.key === "ArrowLeft") go(rows.findLastIndex((each, i) => i < at && each.level < row.level));
+      else if (event.key === "ArrowLeft") {
+        const above = rows.findLastIndex((each, i) => i < at && each.level < row.level);
+        if (above >= 0) go(above);
+      }
       else if ((event.key === "Enter" || event.key === " ") && row.open !== null) toggle(row);
       else return;
       event.preventDefault();

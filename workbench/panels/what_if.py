@@ -6,7 +6,7 @@ import math
 import threading
 from dataclasses import replace
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ipywidgets as w
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from workbench.panels.state import State
 
+_T = TypeVar("_T")
 _REST_SECONDS = 0.3  # a moving slider has the processor to itself
 _MOST_TOKENS = 1 << 17
 
@@ -53,6 +54,26 @@ class Latest:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 self._thread.start()
+
+    def find_out(self, find: Callable[[], _T], take: Callable[[_T | None, str], None]) -> None:
+        """Find something out, unless something newer is asked for before that begins.
+
+        Args:
+            find: Finds it out.
+            take: Given what was found and "", or None and what went wrong.
+        """
+
+        def job(moved_on: Callable[[], bool]) -> None:
+            if moved_on():
+                return
+            try:
+                found = find()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
+                take(None, as_sentence(error))
+            else:
+                take(found, "")
+
+        self.ask(job)
 
     def close(self) -> None:
         """Give up, and wait for the thread's end."""
@@ -193,6 +214,7 @@ class WhatIfPanel:
                     said += ' A custom map follows no budget: this is with strategy "auto".'
                 self._sweep.value = sweep_svg(sweep) + _said(said)
                 self._done = key
+                self._state.report("what if", "")
             except MovedOn:
                 return
             except Exception as error:  # noqa: BLE001 - whatever it is, it must be seen
