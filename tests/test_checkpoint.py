@@ -297,7 +297,8 @@ def test_a_method_whose_library_is_not_here(tiny_llama: Path, tmp_path: Path) ->
     placement = wb.place(recipe(tmp_path))
     assert placement.total_bytes == in_files + 64  # the buffers that no file holds
     assert "Sizes are those of its files (compressed-tensors, pack-quantized), an estimate" in placement.summary
-    assert re.search(r"It cannot be loaded here: .*compressed.tensors", placement.summary)
+    assert placement.verdict == "does_not_fit"
+    assert re.match(r"Does not fit: it cannot be loaded here: .*compressed.tensors", placement.summary)
     layers = {layer.name: layer for layer in placement.layers}
     assert layers["model.layers.0"].quantized
     assert layers["model.layers.0"].bytes_after < layers["model.layers.0"].bytes_before == 73_984
@@ -318,7 +319,7 @@ def test_a_method_whose_library_is_not_here(tiny_llama: Path, tmp_path: Path) ->
     assert packed < 73_984
     elsewhere = wb.place(recipe(tmp_path, max_memory=budgets, strategy="packed"), machine=box)
     assert set(elsewhere.device_map.values()) == {0}
-    assert "It cannot be loaded here" not in elsewhere.summary
+    assert elsewhere.verdict == "fits"
     with pytest.raises(ValueError, match="is quantized already"):
         wb.place(recipe(tmp_path, precision=wb.FourBit()))
 

@@ -204,6 +204,7 @@ def test_code_1_if_nothing_fits(llama_70b: str, capsys: pytest.CaptureFixture[st
         (["plan", "demo", "--machine", "L4", "--max-memory", "1=20GiB"], "has no cuda:1"),
         (["plan", "demo", "--machine", "L4", "--max-memory", "0=lots"], "is no size of memory"),
         (["plan", "demo", "--machine", "L4", "--max-memory", "0=1GiB", "0=2GiB"], "names a device twice"),
+        (["plan", "demo", "--machine", "L4", "--max-memory", "0=1GiB", "cuda:0=2GiB"], "names cuda:0 twice"),
         (["plan", "demo", "--machine", "L4", "--context", "-1"], "whole number of at least 1"),
         (["plan", "demo", "--machine", "L4", "--html", "/nowhere/plan.html"], "/nowhere/plan.html cannot be written"),
         (["plan", "demo", "--max-memory", "20GiB"], "'20GiB' is no DEVICE=SIZE"),

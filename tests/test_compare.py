@@ -50,6 +50,8 @@ def test_the_longest_context_is_the_longest(tmp_path: Path) -> None:
 
     assert verdict(longest) == "fits"
     assert verdict(longest + 1) == "does_not_fit"
+    waits = wb.place(recipe.with_(workload=wb.Workload(cache="offloaded")), machine=machine)
+    assert (longest_context(waits, wb.read_skeleton(recipe.model)) or 0) > longest
 
 
 def test_a_model_that_always_fits_is_bounded_by_itself(tiny_llama: Path) -> None:

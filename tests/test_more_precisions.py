@@ -93,12 +93,17 @@ def test_torchao_exported_lines_make_the_same_config(precision: wb.TorchAO) -> N
 def test_torchao_int4_is_refused_where_it_does_not_run(tiny_llama: Path) -> None:
     recipe = wb.Recipe(model=str(tiny_llama), precision=wb.TorchAO(bits=4), workload=SMALL)
     placement = wb.place(recipe)
-    assert "It cannot be loaded so: torchao's int4 kernels run on NVIDIA GPUs" in placement.summary
+    assert placement.verdict == "does_not_fit"
+    assert placement.summary.startswith(
+        "Does not fit: it cannot be loaded so: torchao's int4 kernels run on NVIDIA GPUs"
+    )
+    ranked = wb.what_fits(recipe, precisions=[recipe.precision, wb.FullPrecision()])
+    assert [fit.precision for fit in ranked] == [wb.FullPrecision(), recipe.precision]
     with pytest.raises(ValueError, match=r"groups of 128 cannot be loaded .*: torchao's int4 kernels run on"):
         wb.load(recipe)
     machine = wb.Machine.preset("RTX 4090")
     on_gpu = wb.place(recipe.with_(max_memory={0: "1GiB"}), machine=machine)
-    assert "cannot be loaded" not in on_gpu.summary
+    assert on_gpu.verdict == "fits"
     assert on_gpu.dtype == "bfloat16"
     # By hand: each of the 14 matrices is filled up to 1,024 inputs: outputs * (512 + 8 groups * 4) bytes.
     outputs = 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
@@ -153,7 +158,7 @@ def test_hqq_bytes_are_those_of_its_own_modules(tiny_llama: Path, tmp_path: Path
     command = [sys.executable, "-c", HQQ_PROGRAM, str(tiny_llama)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "It cannot be loaded so: transformers loads HQQ on GPUs only." in done.stdout
+    assert "Does not fit: it cannot be loaded so: transformers loads HQQ on GPUs only." in done.stdout
     assert "HQQ 4-bit, groups of 64 cannot be loaded as the preview has it" in done.stdout
     assert "says that HQQ is not available yet" in done.stdout
     assert "quantization_config = HqqConfig(nbits=4, group_size=64, axis=1)" in done.stdout

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -208,6 +209,27 @@ def test_it_mends_what_auto_puts_on_the_cpu_whole(tmp_path: Path, precision: wb.
     assert packed.summary.startswith("Offloads: model.embed_tokens and lm_head (2.0 GiB) waits on cpu")
     for device, memory in packed.memory.items():
         assert memory.weight_bytes <= memory.limit_bytes, device
+
+
+def test_an_offloaded_cache_waits_on_the_cpu(tmp_path: Path) -> None:
+    workload = wb.Workload(context_length=8192, cache="offloaded")
+    recipe = wb.Recipe(model=str(big_vocabulary(tmp_path)), workload=workload, strategy="sequential")
+    large = wb.place(recipe, machine=wb.Machine.preset("RTX 4090"))
+
+    def card(gpu_bytes: int, cpu_bytes: int) -> wb.Machine:
+        sizes: dict[int | str, int] = {0: gpu_bytes, "cpu": cpu_bytes, "disk": 2**40}
+        devices = (replace(large.machine.device(d), free_bytes=s, reserved_bytes=0) for d, s in sizes.items())
+        return wb.Machine(name="made up", devices=tuple(replace(d, total_bytes=2**40) for d in devices))
+
+    # A GPU that has room for the model and for two layers' cache keeps all of the model.
+    small = card(large.memory[0].used_bytes, 2**34)
+    assert wb.place(recipe.with_(strategy="packed"), machine=small).verdict == "fits"
+    # A RAM that the cache fills takes no layers beside it.
+    full = card(large.memory[0].used_bytes // 2, (large.kv_cache_bytes or 0) + 2**28)
+    budgets: dict[int | str, int | str] = {0: "40GiB", "cpu": "40GiB", "disk": "100GiB"}
+    spilled = wb.place(recipe.with_(strategy="packed", max_memory=budgets), machine=full)
+    assert spilled.verdict == "offloads", spilled.summary
+    assert {layer.device for layer in spilled.layers} >= {0, "disk"}
 
 
 def test_one_device_is_one_entry(tiny_llama: Path) -> None:

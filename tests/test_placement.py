@@ -447,6 +447,13 @@ def test_custom_maps_that_cannot_be_meant(
     assert expected in sentence
 
 
+def test_a_tied_head_may_be_named_by_its_weight(tiny_model: Callable[[str], Path]) -> None:
+    for home in ("cpu", 0):
+        device_map = {"model": home, "lm_head.weight": home}
+        placement = placed(tiny_model("llama-tied"), {0: BIG, "cpu": BIG}, strategy="custom", device_map=device_map)
+        assert (placement.verdict, placement.layers[-1].device) == ("fits", home)
+
+
 def test_custom_maps_are_taken_as_they_are(tiny_model: Callable[[str], Path]) -> None:
     folder = tiny_model("llama")
     device_map = {"": 1, "model.layers.2": "cpu", "lm_head": 0}

@@ -81,5 +81,7 @@ def test_reasons_in_words(tiny_model: Callable[[str], Path]) -> None:
 
     mine = placed(folder, {0: "1GiB", "cpu": "1GiB"}, strategy="custom", device_map={"": "cpu"})
     assert why(mine, last).sentence == "Your device_map puts it on cpu."
+    mine = placed(folder, {0: "1GiB", "cpu": "1GiB"}, strategy="custom", device_map={"": 0})
+    assert why(mine, last).sentence == "Your device_map puts it on cuda:0."
     with pytest.raises(ValueError, match=r"no layer .model.layers.99.; close are"):
         why(whole, "model.layers.99")

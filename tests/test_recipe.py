@@ -48,6 +48,35 @@ def test_budgets_keep_gpu_numbers_as_numbers() -> None:
     assert dict(wb.Recipe(max_memory={"cuda:1": "1GiB", "0": 5}).max_memory or {}) == {1: "1GiB", 0: 5}
 
 
+def test_the_order_of_keys_makes_no_other_recipe() -> None:
+    one = wb.Recipe(max_memory={0: 1, 1: 2, "cpu": 3})
+    other = wb.Recipe(max_memory={"cpu": 3, "cuda:1": 2, "0": 1})
+    assert (one, hash(one), one.to_json()) == (other, hash(other), other.to_json())
+
+    names = ["lm_head", "model.layers.10", "model.layers.2", "model.embed_tokens"]
+    mine, turned = (
+        wb.Recipe(strategy="custom", device_map=dict.fromkeys(order, 0)) for order in (names, sorted(names))
+    )
+    assert (mine, hash(mine), mine.to_json()) == (turned, hash(turned), turned.to_json())
+    assert list(json.loads(mine.to_json())["device_map"])[2:] == ["model.layers.2", "model.layers.10"]
+    for twin in (mine, mine.with_(offload_buffers=True), copy.deepcopy(mine)):
+        assert list(twin.device_map or {}) == names  # as the loader is given it
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "device"),
+    [
+        ({"cpu": "1GiB"}, '"cpu"'),
+        ({"cpu": "1GiB", 3: "1GiB", 1: "1GiB"}, '"cuda:1"'),
+        ({"mps": "1GiB"}, '"mps"'),
+        (None, '"cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"'),
+    ],
+)
+def test_the_exported_prompt_goes_where_the_model_runs(max_memory: Any, device: str, tiny_llama: Path) -> None:
+    code = wb.Recipe(model=str(tiny_llama), max_memory=max_memory).to_python()
+    assert f"\ninputs = inputs.to({device})\n" in code
+
+
 def test_recipes_cannot_be_changed() -> None:
     recipe = RECIPES[1]
     with pytest.raises(FrozenInstanceError):
@@ -79,6 +108,7 @@ def test_with_changes_one_choice() -> None:
         ({"max_memory": {0: -1}}, "cannot be negative"),
         ({"max_memory": {"cpu": "10gb"}}, 'write "10GB"'),
         ({"max_memory": {}}, "max_memory is a dict"),
+        ({"max_memory": {"0": "1GiB", "cuda:0": "2GiB"}}, "max_memory names cuda:0 twice"),
         ({"max_memory": {1.5: "1GiB"}}, "A device is a GPU's number"),
         ({"model": ""}, "Name a model"),
         ({"model": 7}, "named by text or a ModelRef"),

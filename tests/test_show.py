@@ -170,7 +170,7 @@ def test_a_speed_is_shown_as_the_estimate_that_it_is(offloading: wb.Placement) -
 
 
 def test_a_wait_is_told_as_coarsely_as_it_is_known() -> None:
-    assert [duration(seconds) for seconds in (0.43, 3.2, 12.4, 250)] == ["0.4 s", "3 s", "12 s", "4 min"]
+    assert [duration(seconds) for seconds in (0.43, 3.2, 9.6, 12.4, 250)] == ["0.4 s", "3 s", "10 s", "12 s", "4 min"]
 
 
 class Page(HTMLParser):

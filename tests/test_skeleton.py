@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ import transformers
 
 from workbench.model import ModelRef
 from workbench.precision import FourBit, FullPrecision, Int8
-from workbench.skeleton import read_skeleton, turn
+from workbench.skeleton import _Turn, read_skeleton, turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -242,7 +243,8 @@ def test_a_config_that_contradicts_itself(changes: dict[str, Any], tiny_llama: P
 # --- whose turn it is -------------------------------------------------------------------------------------------------
 
 
-def test_building_waits_for_a_pause_and_work_waits_for_the_build() -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_building_waits_for_a_pause_and_work_waits_for_the_build(times: int) -> None:
     order = []
     working, asked = threading.Event(), threading.Event()
 
@@ -254,7 +256,9 @@ def test_building_waits_for_a_pause_and_work_waits_for_the_build() -> None:
 
     builder = threading.Thread(target=build)
     builder.start()
-    with turn.work():
+    with ExitStack() as held:
+        for _ in range(times):
+            held.enter_context(turn.work())
         working.set()
         assert asked.wait(30)
         order.append("worked")
@@ -264,6 +268,18 @@ def test_building_waits_for_a_pause_and_work_waits_for_the_build() -> None:
     builder.join(30)
 
     assert order == ["worked", "built", "worked again"]
+
+
+def test_work_does_not_wait_for_a_build_that_was_interrupted() -> None:
+    class Interrupted:
+        def acquire(self) -> None:
+            raise KeyboardInterrupt
+
+    mine = _Turn()
+    mine._lock = Interrupted()
+    with pytest.raises(KeyboardInterrupt), mine.build():
+        pass
+    assert mine._waiting == 0
 
 
 def test_nobody_builds_while_work_does_not_pause(tiny_llama: Path, tmp_path: Path) -> None:

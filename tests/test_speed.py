@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import workbench as wb
-from workbench.speed import _TYPICAL, known_calibration
+from workbench.speed import _TYPICAL, PCIE_BYTES_PER_S, known_calibration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ def test_measurements_that_make_no_sense_are_none(tmp_path: Path, monkeypatch: p
     assert known_calibration() is None
 
 
-def test_loads_by_hand(tiny_llama: Path) -> None:
+def test_loads_by_hand(tiny_llama: Path, tmp_path: Path) -> None:
     """21 tensors of 139,584 weights: mapped as they are, converted, quantized, copied to a GPU."""
 
     def load_seconds(machine: wb.Machine, **choices: Any) -> float:
@@ -96,6 +96,18 @@ def test_loads_by_hand(tiny_llama: Path) -> None:
     assert load_seconds(laptop, precision=wb.FullPrecision(dtype="float32")) == pytest.approx(converted)
     assert load_seconds(laptop, precision=wb.FourBit()) > base
     assert load_seconds(gpu) > base
+
+    # What is quantized in its file is read as it is.
+    config = json.loads((tiny_llama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    packed = wb.Recipe(model=str(tmp_path))
+    placement = wb.place(packed, machine=gpu)
+    skeleton = wb.read_skeleton(packed.model)
+    assert placement.total_bytes < 279_168
+    read = placement.total_bytes / PCIE_BYTES_PER_S + (0 if disk is None else placement.total_bytes / disk)
+    assert wb.predict_load_seconds(placement, skeleton) == pytest.approx(base + read, rel=0.01)
+    assert wb.predict_load_seconds(wb.place(packed, machine=laptop), skeleton) == pytest.approx(base)
 
 
 def test_small_matrices_are_read_more_slowly() -> None:

@@ -87,6 +87,17 @@ def test_offloads_says_what_waits_where(tiny_model: Callable[[str], Path]) -> No
     assert placement.verdict == "offloads"
     assert placement.summary == f"Offloads: {first.name} to {last.name} ({size}) waits on cpu and is fetched to run."
 
+    # More RAM brings nothing to where it runs.
+    full = placed(tiny_model("llama"), {0: 250_000, "cpu": "1GiB"}, machine(gpu0=250_000, cpu=BIG))
+    assert full.verdict == "offloads"
+    assert not [text for text in full.advice or () if text.startswith("Raise cpu")]
+
+
+def test_a_map_that_goes_back_and_forth_is_named(tiny_llama: Path) -> None:
+    back = {"model": 0, "model.layers.1": 1, "lm_head": "cpu"}  # what waits on the CPU runs on the first GPU
+    placement = placed(tiny_llama, None, strategy="custom", device_map=back)
+    assert [text for text in placement.advice or () if "hands the hidden states over 2 times, where 1 would do" in text]
+
 
 def test_quantized_layers_do_not_wait_unless_they_may_be_kept_unquantized(tiny_model: Callable[[str], Path]) -> None:
     folder = tiny_model("llama")
@@ -202,8 +213,7 @@ def apply(advice: Advice, placement: Placement) -> Placement | None:
         home = match[1].strip("'")
         recipe = recipe.with_(strategy="custom", device_map={"": int(home) if home.isdecimal() else home})
     elif match := re.match(r"A context of ([\d,]+) tokens would fit", advice):
-        workload = Workload(context_length=int(match[1].replace(",", "")), batch_size=recipe.workload.batch_size)
-        recipe = recipe.with_(workload=workload)
+        recipe = recipe.with_(workload=replace(recipe.workload, context_length=int(match[1].replace(",", ""))))
     elif match := re.match(r'strategy="(\w+)"', advice):
         recipe = recipe.with_(strategy=match[1])
     elif advice.startswith("Set fp32_cpu_offload=True"):
@@ -239,6 +249,8 @@ def test_all_advice_works(full_size: dict[str, Path]) -> None:
             followed[kind] = followed.get(kind, 0) + 1
             wanted = ("fits",) if kind == "All" else ("fits", "offloads")
             assert after.verdict in wanted, f"{recipe}\n{placement.summary}\n{advice}\n-> {after.summary}"
+            if kind == "Raise" and placement.verdict == "offloads":
+                assert sum(x.bytes_after for x in after.waiting) < sum(x.bytes_after for x in placement.waiting), advice
 
     assert verdicts == {"fits", "offloads", "does_not_fit"}
     assert set(followed) >= {"Raise", "Lower", "Add", "A", "Set", "All", 'strategy="packed"'}, followed

@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from workbench.adapters import adapter_bytes
 from workbench.precision import FourBit, Int8
 from workbench.speed import CPU_BYTES_PER_S, DISK_BYTES_PER_S, GPU_BYTES_PER_S, PCIE_BYTES_PER_S
 
@@ -39,6 +40,7 @@ class Item:
         cache_bytes: Its share of the KV cache, kept where it runs.
         activation_bytes: Peak of live activations while it runs.
         is_layer: Whether it is a decoder layer.
+        adapter_bytes: Weights that stay where it runs even while the rest of it waits elsewhere.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Item:
     cache_bytes: int
     activation_bytes: int
     is_layer: bool
+    adapter_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +77,13 @@ class _Load:
     cache: int = 0
     activation: int = 0
 
-    def fits(self, item: Item, device: Bin, reserve: int, spilled_cache: int) -> bool:
-        weight = self.weight + item.weight_bytes
-        other = self.cache + item.cache_bytes + max(self.activation, item.activation_bytes) + spilled_cache
+    def fits(self, item: Item, device: Bin, reserve: int) -> bool:
+        weight = self.weight + item.weight_bytes + item.adapter_bytes
+        other = self.cache + item.cache_bytes + max(self.activation, item.activation_bytes)
         return weight <= device.limit_bytes and weight + reserve + other <= device.capacity_bytes
 
     def add(self, item: Item) -> None:
-        self.weight += item.weight_bytes
+        self.weight += item.weight_bytes + item.adapter_bytes
         self.cache += item.cache_bytes
         self.activation = max(self.activation, item.activation_bytes)
 
@@ -154,16 +157,16 @@ def _assign(
 ) -> dict[str, int | None] | None:
     """Give every item an index into ``fast`` or None, with room kept for what was spilled so far."""
     fetched = [i for i in items if i.name in spilled]
-    reserve = max((i.spilled_bytes for i in fetched), default=0)
-    fetched_cache = sum(i.cache_bytes for i in fetched)
+    reserve = max((i.spilled_bytes + i.adapter_bytes for i in fetched), default=0)
     loads = [_Load() for _ in fast]
-    if fast:
+    if fast:  # what stays there of what is fetched
+        loads[0].weight = sum(i.adapter_bytes for i in fetched)
+        loads[0].cache = sum(i.cache_bytes for i in fetched)
         loads[0].activation = max((i.activation_bytes for i in fetched), default=0)
     homes: dict[str, int | None] = dict.fromkeys((i.name for i in items), None)
 
     def put(item: Item, index: int) -> bool:
-        main = index == 0
-        if not loads[index].fits(item, fast[index], reserve if main else 0, fetched_cache if main else 0):
+        if not loads[index].fits(item, fast[index], 0 if index else reserve):
             return False
         loads[index].add(item)
         homes[item.name] = index
@@ -183,9 +186,9 @@ def _assign(
     # What is left may still fit into a gap: small blocks beside their neighbours, and layers where sizes differ.
     left += [i for i in items if not i.is_layer and fixed.get(i.name, _FREE) == _FREE]
     names = list(homes)
-    full: set[tuple[int, int, int]] = set()
+    full: set[tuple[int, ...]] = set()
     for item in left:
-        size = (item.weight_bytes, item.cache_bytes, item.activation_bytes)
+        size = (item.weight_bytes, item.cache_bytes, item.activation_bytes, item.adapter_bytes)
         if size in full:
             continue
         at = names.index(item.name)
@@ -252,21 +255,28 @@ def pack_model(
         if follower is not None and original in sizes.block_of:
             old, new = leader[follower], leader[sizes.block_of[original]]
             leader = {name: new if first == old else first for name, first in leader.items()}
-    items = _items(recipe, skeleton, sizes, cost, leader)
+    gpus = [device for device in budgets if device not in ("cpu", "disk")]
+    cache = {} if cost is None else cost.cache_by_block(recipe.workload, skeleton.decoder_blocks)
+    beside: dict[DeviceId, int] = {}  # what a device has to hold whatever is put there
+    if recipe.workload.cache == "offloaded" and gpus:
+        # It waits on the CPU; the layer that computes has its own on the GPU, and so has the next.
+        beside = {**dict.fromkeys(gpus, sum(sorted(cache.values())[-2:])), "cpu": sum(cache.values())}
+        cache = {}
+    items = _items(recipe, skeleton, sizes, cost, leader, cache=cache)
     # Buffers stay where a block runs, also when it is spilled; they are few, so room for all is kept everywhere.
     buffers = sum(piece.buffer_bytes for piece in sizes.blocks.values())
-    gpus = [device for device in budgets if device not in ("cpu", "disk")]
 
     def bins(devices: Sequence[DeviceId], default_speed: float, *, fetched: bool) -> list[Bin]:
         found = []
         for device in devices:
             known = machine.device(device)
             speed = default_speed if fetched else known.bandwidth_bytes_per_s or default_speed
-            capacity = known.budget_bytes
+            capacity = known.budget_bytes - beside.get(device, 0)
+            limit = budgets[device] - buffers
             found.append(
                 Bin(
                     id=device,
-                    limit_bytes=budgets[device] - buffers,
+                    limit_bytes=min(limit, capacity) if device == "cpu" else limit,
                     capacity_bytes=capacity,
                     seconds_per_byte=1 / speed,
                 )
@@ -287,17 +297,22 @@ def pack_model(
 
 
 def _items(
-    recipe: Recipe, skeleton: Skeleton, sizes: Sizes, cost: Cost | None, leader: Mapping[str, str]
+    recipe: Recipe,
+    skeleton: Skeleton,
+    sizes: Sizes,
+    cost: Cost | None,
+    leader: Mapping[str, str],
+    *,
+    cache: Mapping[str, int],
 ) -> list[Item]:
     quantizes = isinstance(recipe.precision, (Int8, FourBit))
     unquantized_when_spilled = isinstance(recipe.precision, (Int8, FourBit)) and recipe.precision.fp32_cpu_offload
-    cache: dict[str, int] = {}
-    activations: dict[str, int] = {}
-    if cost is not None:
-        cache = cost.cache_by_block(recipe.workload, skeleton.decoder_blocks)
-        for name, kept in cost.kept_bytes(recipe.workload).items():
-            cache[name] = cache.get(name, 0) + kept
-        activations = cost.activation_bytes(recipe.workload)
+    kept = {} if cost is None else cost.kept_bytes(recipe.workload)
+    activations = {} if cost is None else cost.activation_bytes(recipe.workload)
+    adapters: dict[str, int] = {}
+    for module, size in adapter_bytes(recipe.adapters, skeleton).items():
+        around = sizes.block_named(module) or skeleton.blocks[0].name
+        adapters[around] = adapters.get(around, 0) + size
     # A weight is on the device whole before bitsandbytes has quantized it.
     whole = max((t.kept_bytes for t in sizes.tensors if t.quantized), default=0) if quantizes else 0
     decoder_blocks = set(skeleton.decoder_blocks)
@@ -313,9 +328,10 @@ def _items(
                 name=block.name,
                 weight_bytes=weight,
                 spilled_bytes=sum(p.kept_bytes for p in pieces) if unquantized_when_spilled else weight,
-                cache_bytes=sum(cache.get(name, 0) for name in members),
+                cache_bytes=sum(cache.get(name, 0) + kept.get(name, 0) for name in members),
                 activation_bytes=max(whole, *(activations.get(name, 0) for name in members)),
                 is_layer=block.name in decoder_blocks,
+                adapter_bytes=sum(adapters.get(name, 0) for name in members),
             )
         )
     return items

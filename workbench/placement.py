@@ -17,7 +17,7 @@ from workbench.planner import plan
 from workbench.precision import GPTQ, FourBit, FullPrecision, Int8
 from workbench.sizes import Sizes, device_of, nearest, sizes_of
 from workbench.skeleton import Block, MetaModel, Skeleton, read_skeleton, turn
-from workbench.verdict import Advice, advise, judge
+from workbench.verdict import Advice, advise, judge, not_loadable_because
 from workbench.verdict import longest_context as _search_context
 from workbench.workload import Cost, Workload, measure_cost
 
@@ -196,7 +196,8 @@ def place(
     _check_skip_modules(recipe.precision, skeleton)
     attempt = attempts(recipe.precision, machine, skeleton, measure=measure)
     placement = attempt(recipe)
-    why_not = recipe.workload.cache_refused_because(skeleton.config, gpu=bool(_gpus(placement.runs_on.values())))
+    # That no layer runs on a GPU is a verdict: another budget or machine may change it.
+    why_not = recipe.workload.cache_refused_because(skeleton.config, gpu=True)
     if why_not is not None:
         raise ValueError(why_not)
     _check_compute_dtype(placement)
@@ -218,9 +219,9 @@ def longest_context(placement: Placement, skeleton: Skeleton) -> int | None:
     """
     if placement.kv_cache_bytes is None:
         return None
-    if placement.unplaced:
-        return 0
     skeleton = skeleton.on(placement.machine)
+    if placement.unplaced or not_loadable_because(placement, skeleton) is not None:
+        return 0
     attempt = attempts(placement.recipe.precision, placement.machine, skeleton, measure=False)
     return _search_context(placement, attempt, skeleton.context_length or _MOST_TOKENS)
 
@@ -456,6 +457,9 @@ def _place_block(block: Block, sizes: Sizes, homes: _Homes, weights: dict[Device
                 weights[device] -= piece.saved_upcast_bytes
             home = homes.runs_on(device)
             weights[home] = weights.get(home, 0) + piece.buffer_bytes - follows
+    if not shares:  # a tied copy, which the map names tensor by tensor and which holds nothing of its own
+        inside = f"{block.name}."
+        shares[next(device for name, device in homes.device_map.items() if name.startswith(inside))] = 0
     return Layer(
         name=block.name,
         class_name=block.class_name,

@@ -64,7 +64,8 @@ def why(placement: Placement, layer: str, *, skeleton: Skeleton | None = None) -
     order = list(placement.memory)
     faster = order[: order.index(this.device)] if this.device is not None else order
     if placement.recipe.strategy == "custom":
-        return _reason(this, f"Your device_map puts it on {device_label(this.device or 'cpu')}.")
+        where = "cpu" if this.device is None else this.device
+        return _reason(this, f"Your device_map puts it on {device_label(where)}.")
     if not faster:
         return _reason(this, f"It is on {device_label(order[0])}, the first device that was offered, which has room.")
     skeleton = (skeleton or read_skeleton(placement.recipe.model)).on(placement.machine)

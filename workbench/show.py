@@ -174,7 +174,7 @@ def duration(seconds: float) -> str:
     """A time to wait, as coarse as an estimate of it is: "0.4 s", "12 s", "4 min"."""
     if seconds >= 100:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1g} s"
+    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1g} s"
 
 
 def layer_ranges(layers: Iterable[Layer]) -> str:

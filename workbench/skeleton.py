@@ -37,34 +37,53 @@ class _Turn:
         self._lock = threading.RLock()
         self._changed = threading.Condition()
         self._waiting = 0
+        self._held = 0  # how often its holder has taken the lock; only that thread touches it
 
     @contextmanager
     def build(self) -> Iterator[None]:
         """Take the next turn for a short build."""
         with self._changed:
             self._waiting += 1
-        self._lock.acquire()
-        with self._changed:
-            self._waiting -= 1
-            self._changed.notify_all()
         try:
-            yield
+            self._lock.acquire()
+        finally:  # also where Ctrl-C ends the waiting, or a pause would last for ever
+            with self._changed:
+                self._waiting -= 1
+                self._changed.notify_all()
+        try:
+            with self._holding():
+                yield
         finally:
             self._lock.release()
 
     @contextmanager
     def work(self) -> Iterator[None]:
         """Keep the turn for long work that calls :meth:`pause` now and then."""
-        with self._lock:
+        with self._lock, self._holding():
             yield
 
     def pause(self) -> None:
-        """Let those who wait to build go first; call it only while holding :meth:`work` once."""
-        if self._waiting:
+        """Let those who wait to build go first; call it only while holding :meth:`work`, however often."""
+        if not self._waiting:
+            return
+        held, self._held = self._held, 0
+        for _ in range(held):
             self._lock.release()
+        try:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting == 0)
-            self._lock.acquire()
+        finally:
+            for _ in range(held):
+                self._lock.acquire()
+            self._held = held
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
 
 
 turn = _Turn()

@@ -206,23 +206,25 @@ def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | No
     cpu = (known_calibration() if here else None) or _TYPICAL
     profile = _profile_of(skeleton, placement.recipe.precision)
     disk = next((d.bandwidth_bytes_per_s for d in placement.machine.devices if d.id == "disk"), None)
+    packed = skeleton.quantized_as is not None and skeleton.unpacked_because is None  # and is read as it stays
     seconds = cpu.load_seconds
     for layer in placement.layers:
         part = profile[layer.name]
+        read_bytes = layer.bytes_after if packed else layer.bytes_before
         seconds += len(part.tensors) * cpu.load_tensor_seconds
         if layer.device == "disk":  # it is only noted where it lies
             continue
         on_gpu = layer.device != "cpu"
         converted = placement.dtype != skeleton.dtype
-        quantized = any(tensor.quantized for tensor in part.tensors)
+        quantized = not packed and any(tensor.quantized for tensor in part.tensors)
         # What a CPU keeps as it is in the file is mapped, and read when it is first used.
         if disk is not None and (on_gpu or converted or quantized):
-            seconds += layer.bytes_before / disk
+            seconds += read_bytes / disk
         if on_gpu:
-            seconds += layer.bytes_before / PCIE_BYTES_PER_S
+            seconds += read_bytes / PCIE_BYTES_PER_S
             continue
         for tensor in part.tensors:
-            if tensor.quantized:
+            if quantized and tensor.quantized:
                 seconds += tensor.weights / cpu.quantize_weights_per_s[precision.method]
             elif converted:
                 seconds += tensor.size_bytes / cpu.convert_bytes_per_s

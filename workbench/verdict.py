@@ -10,7 +10,6 @@ from workbench.first_forward import bytes_once_run, unrunnable_modules
 from workbench.hardware import DeviceId, device_label, format_bytes, parse_bytes
 from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.sizes import sizes_of, smaller_precisions
-from workbench.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,9 +66,20 @@ def judge(placement: Placement, skeleton: Skeleton) -> tuple[Verdict, str]:
     """
     trouble, summary = _assess(placement)
     verdict: Verdict = "does_not_fit"
-    if trouble in ("offloads", "fits"):
+    refused = not_loadable_because(placement, skeleton)
+    if refused is not None:
+        summary = f"Does not fit: it cannot be loaded here: {refused}."
+    elif trouble in ("offloads", "fits"):
         verdict = trouble
     return verdict, " ".join((summary, *_quantizes_little(placement, skeleton)))
+
+
+def not_loadable_because(placement: Placement, skeleton: Skeleton) -> str | None:
+    """Why this machine cannot load a checkpoint that is quantized already, wherever it is put; None if it can.
+
+    Nobody knows it of another machine, which may have other libraries.
+    """
+    return skeleton.not_loadable_because if placement.machine.name == "This machine" else None
 
 
 def advise(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[Advice, ...]:
@@ -83,9 +93,11 @@ def advise(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[
     Returns:
         Sentences; none if all is well.
     """
+    if not_loadable_because(placement, skeleton) is not None:
+        return ()  # no choice of the recipe's would change it
     trouble, _ = _assess(placement)
     advice = [*_advice_impossible_budgets(placement), *_advice_one_device(placement, attempt)]
-    if trouble in ("homeless", "unquantizable", "short", "offloads"):
+    if trouble not in ("fits", "nowhere to run"):
         advice += _advice_strategy(placement, attempt)
     if trouble in ("homeless", "unquantizable", "offloads"):
         advice += _advice_too_large(placement)
@@ -95,17 +107,19 @@ def advise(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[
         advice += [*_advice_raise(placement, attempt), *_advice_unquantizable(placement, attempt)]
     elif trouble == "nowhere to run":
         advice += _advice_overflow(placement, attempt)
+    elif trouble == "cache":
+        advice += [*_advice_overflow(placement, attempt), *_advice_cache(placement, attempt)]
     elif trouble == "short":
         advice += _advice_short(placement, attempt)
-    elif trouble == "offloads":
+    elif trouble in ("refused", "offloads"):
         advice += _advice_raise(placement, attempt)
-    if trouble != "fits":
+    if trouble not in ("cache", "fits"):
         advice += _advice_smaller(placement, skeleton)
     advice += [*_advice_unrunnable(placement, skeleton), *_advice_crossings(placement)]
     return tuple(advice)
 
 
-_Trouble = Literal["homeless", "unquantizable", "nowhere to run", "short", "offloads", "fits"]
+_Trouble = Literal["homeless", "refused", "unquantizable", "nowhere to run", "cache", "short", "offloads", "fits"]
 
 
 def _assess(placement: Placement) -> tuple[_Trouble, str]:
@@ -115,6 +129,9 @@ def _assess(placement: Placement) -> tuple[_Trouble, str]:
     if homeless:
         share = f"{_total(homeless)} of {format_bytes(placement.total_bytes)}"
         return "homeless", f"Does not fit: {_span(placement, homeless)} ({share}) has no room."
+    refused = placement.recipe.precision.refused_because(placement.device_map.values())
+    if refused is not None:
+        return "refused", f"Does not fit: it cannot be loaded so: {refused}."
     if waiting and isinstance(precision, (Int8, FourBit)) and not precision.fp32_cpu_offload:
         stored = placement.recipe.precision != precision
         return "unquantizable", (
@@ -127,6 +144,14 @@ def _assess(placement: Placement) -> tuple[_Trouble, str]:
         )
     if waiting and all(device == "disk" for device in placement.device_map.values()) and "cpu" not in memory:
         return "nowhere to run", "Does not fit: what waits on disk would run on the CPU, which max_memory leaves out."
+    if placement.recipe.workload.cache == "offloaded":
+        if all(device == "cpu" for device in placement.runs_on.values()):
+            return "cache", (
+                "Does not fit: an offloaded cache waits on the CPU for a GPU, and no layer runs on one: "
+                "take cache='dynamic'."
+            )
+        if "cpu" not in memory:
+            return "cache", "Does not fit: an offloaded cache waits on the CPU, which max_memory leaves out."
     short = {d: max(_over_limit(placement, d), _over_device(placement, d)) for d in memory}
     short = {d: missing for d, missing in short.items() if missing > 0}
     if short:
@@ -144,11 +169,21 @@ def _assess(placement: Placement) -> tuple[_Trouble, str]:
     return "fits", f"Fits on {' + '.join(parts)}."
 
 
-def _works(attempt: Attempt, recipe: Recipe, device_map: Mapping[str, DeviceId] | None = None) -> bool:
+def _working(attempt: Attempt, recipe: Recipe, device_map: Mapping[str, DeviceId] | None = None) -> Placement | None:
+    """What a recipe comes to, if that works."""
     try:
-        return _assess(attempt(recipe, device_map))[0] in ("offloads", "fits")
+        tried = attempt(recipe, device_map)
     except ValueError:  # what transformers itself cannot plan
-        return False
+        return None
+    return tried if _assess(tried)[0] in ("offloads", "fits") else None
+
+
+def _works(attempt: Attempt, recipe: Recipe, device_map: Mapping[str, DeviceId] | None = None) -> bool:
+    return _working(attempt, recipe, device_map) is not None
+
+
+def _waiting_bytes(placement: Placement) -> int:
+    return sum(layer.bytes_after for layer in placement.waiting)
 
 
 def _homeless(placement: Placement) -> list[Layer]:
@@ -229,7 +264,7 @@ def _advice_strategy(placement: Placement, attempt: Attempt) -> list[Advice]:
     recipe, gpus = placement.recipe, _gpus(placement)
     if recipe.strategy == "custom" or not gpus:
         return []
-    now = (_RANKS.get(_assess(placement)[0], 2), sum(layer.bytes_after for layer in placement.waiting))
+    now = (_RANKS.get(_assess(placement)[0], 2), _waiting_bytes(placement))
     for strategy, why in (
         ("balanced_low_0", f"leaves room on {device_label(gpus[0])} for generation"),
         ("packed", "fills gaps that the others leave"),
@@ -241,7 +276,7 @@ def _advice_strategy(placement: Placement, attempt: Attempt) -> list[Advice]:
         except ValueError:  # what transformers itself cannot plan
             continue
         trouble, _ = _assess(tried)
-        waiting = sum(layer.bytes_after for layer in tried.waiting)
+        waiting = _waiting_bytes(tried)
         if trouble in _RANKS and (_RANKS[trouble], waiting) < now:
             comes_to = "everything fits" if trouble == "fits" else f"only {format_bytes(waiting)} would wait"
             return [Advice(f'strategy="{strategy}" {why}: {comes_to}.', strategy=strategy)]
@@ -287,7 +322,7 @@ def _advice_crossings(placement: Placement) -> list[Advice]:
     """Warn of a map of one's own that goes back and forth."""
     if placement.recipe.strategy != "custom":
         return []
-    devices = {layer.device for layer in placement.layers if layer.device is not None}
+    devices = set(placement.runs_on.values())
     back = placement.crossings - (len(devices) - 1)
     if back <= 0:
         return []
@@ -304,11 +339,14 @@ def _advice_raise(placement: Placement, attempt: Attempt) -> list[Advice]:
     recipe, memory = placement.recipe, placement.memory
     if recipe.strategy == "custom":
         return []
-    layers = _homeless(placement) or list(placement.waiting)
+    homeless = _homeless(placement)
+    layers = homeless or list(placement.waiting)
+    if not layers:
+        return []
     quantizes = not isinstance(recipe.precision, FullPrecision)
     room = {d: m.capacity_bytes - m.limit_bytes for d, m in memory.items() if d != "disk"}
-    if quantizes and _gpus(placement):
-        room.pop("cpu", None)  # more there would only make more of it wait unquantized
+    if _gpus(placement) and (quantizes or not homeless):
+        room.pop("cpu", None)  # more there would only let more of it wait, under a method even unquantized
     device = max(room, key=lambda d: room[d], default=None)
     left_over = sum(layer.bytes_after for layer in layers)
     if device is None or room[device] < left_over:  # planning is the dear part of a slider's move
@@ -321,7 +359,8 @@ def _advice_raise(placement: Placement, attempt: Attempt) -> list[Advice]:
     raised = min(as_said(memory[device].limit_bytes + need, up=True), as_said(capacity, up=False))
     if raised <= memory[device].limit_bytes:
         return []
-    if not _works(attempt, recipe.with_(max_memory={**_limits(placement), device: raised})):
+    tried = _working(attempt, recipe.with_(max_memory={**_limits(placement), device: raised}))
+    if tried is None or not (homeless or _waiting_bytes(tried) < left_over):
         return []
     return [_raise(placement, {device: raised})]
 
@@ -339,7 +378,8 @@ def _advice_overflow(placement: Placement, attempt: Attempt) -> list[Advice]:
     recipe, machine = placement.recipe, placement.machine
     if recipe.strategy == "custom":
         return []
-    device, advice = "cpu", 'Add "cpu" to max_memory to let layers wait in RAM.'
+    what = "the cache" if recipe.workload.cache == "offloaded" else "layers"
+    device, advice = "cpu", f'Add "cpu" to max_memory to let {what} wait in RAM.'
     if "cpu" in placement.memory:
         device, advice = "disk", 'Add "disk" to max_memory to let layers wait on disk (slow).'
     if device in placement.memory:
@@ -349,6 +389,14 @@ def _advice_overflow(placement: Placement, attempt: Attempt) -> list[Advice]:
         return []
     limits = {**_limits(placement), device: budget}
     return [Advice(advice, max_memory=limits)] if _works(attempt, recipe.with_(max_memory=limits)) else []
+
+
+def _advice_cache(placement: Placement, attempt: Attempt) -> list[Advice]:
+    """Keep the cache where the layers run."""
+    workload = replace(placement.recipe.workload, cache="dynamic")
+    if not _works(attempt, placement.recipe.with_(workload=workload), placement.device_map):
+        return []
+    return [Advice('Take cache="dynamic": it is kept where the layers run.', workload=workload)]
 
 
 def _advice_unquantizable(placement: Placement, attempt: Attempt) -> list[Advice]:
@@ -403,7 +451,7 @@ def longest_context(placement: Placement, attempt: Attempt, high: int) -> int:
     low = 0
     while low < high:
         middle = (low + high + 1) // 2
-        workload = Workload(context_length=middle, batch_size=recipe.workload.batch_size)
+        workload = replace(recipe.workload, context_length=middle)
         if _works(attempt, recipe.with_(workload=workload), placement.device_map):
             low = middle
         else:
@@ -431,9 +479,6 @@ def _quantizes_little(placement: Placement, skeleton: Skeleton) -> list[str]:
         return _of_stored(placement, skeleton)
     if isinstance(precision, FullPrecision):
         return []
-    refused = precision.refused_because(placement.device_map.values())
-    if refused is not None:
-        return [f"It cannot be loaded so: {refused}."]
     if getattr(precision, "has_fp16_weight", False):
         return ["has_fp16_weight keeps the weights as they are beside the int8 values: for training, not to save room."]
     tensors = sizes_of(skeleton, precision).tensors
@@ -460,8 +505,6 @@ def _of_stored(placement: Placement, skeleton: Skeleton) -> list[str]:
     if skeleton.unpacks_when_run:
         once = bytes_once_run(placement, skeleton) or {}
         found.append(f"It is unpacked when it first runs, to {format_bytes(sum(once.values()))}.")
-    if placement.machine.name == "This machine" and skeleton.not_loadable_because is not None:
-        found.append(f"It cannot be loaded here: {skeleton.not_loadable_because}.")
     return found
 
 
