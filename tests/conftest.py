@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from itertools import islice
@@ -164,6 +166,23 @@ def loaded(tiny_model: Callable[[str], Path]) -> Callable[[str, Precision], Any]
         return models[name, precision]
 
     return load
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    done = None
+    if mount and os.geteuid() == 0:
+        done = subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False, capture_output=True
+        )
+    if done is None or done.returncode:
+        pytest.skip("a small file system cannot be mounted here: it takes root and the right to mount")
+    yield folder
+    subprocess.run([str(shutil.which("umount")), "-l", str(folder)], check=True)
 
 
 @pytest.fixture

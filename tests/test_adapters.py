@@ -54,7 +54,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_loaded_switched_and_removed(name: str, tiny_llama: Path, adapter: Path, load: Any) -> None:
+def test_loaded_switched_and_removed(name: str, tiny_llama: Path, adapter: Path, tmp_path: Path, load: Any) -> None:
     session = load(tiny_llama, precision=BASES[name])
     base, bytes_before = logits(session), measure_weights(session.model)
     info = session.adapters.load(adapter)
@@ -78,6 +78,10 @@ def test_loaded_switched_and_removed(name: str, tiny_llama: Path, adapter: Path,
         assert torch.equal(logits(session), base)
     assert torch.equal(logits(session), spoken)
     session.adapters.remove("french")
+    assert session.recipe.adapters == (str(adapter),)
+    assert session.placement.total_bytes == session.load_report.measured_bytes["cpu"] + info.size_bytes
+    copy = session.adapters.save("again", tmp_path / "copy")
+    assert session.recipe.adapters == (str(copy),)
     assert session.adapters.active is None
     assert torch.equal(logits(session), base)
     session.adapters.use("again")
@@ -91,6 +95,8 @@ def test_loaded_switched_and_removed(name: str, tiny_llama: Path, adapter: Path,
 
 @pytest.mark.parametrize("kind", [("full", 0.02), ("int8", 0.05), ("nf4", 0.25)])
 def test_merged_and_saved(kind: tuple[str, float], tiny_llama: Path, adapter: Path, tmp_path: Path, load: Any) -> None:
+    from safetensors.torch import load_file
+
     name, most = kind
     session = load(tiny_llama, precision=BASES[name])
     base = logits(session)
@@ -98,6 +104,8 @@ def test_merged_and_saved(kind: tuple[str, float], tiny_llama: Path, adapter: Pa
     spoken = logits(session)
     with pytest.raises(ValueError, match="Merge or remove the adapter french first"):
         session.save(tmp_path / "whole")
+    with pytest.raises(ValueError, match="Merge or remove the adapter french first"):
+        session.push_to_hub("tiny")
     said = session.adapters.merge("french")
     assert "french is part of 14 modules now." in said
     assert ("rounded" in said) == (name != "full")
@@ -106,23 +114,44 @@ def test_merged_and_saved(kind: tuple[str, float], tiny_llama: Path, adapter: Pa
     assert session.adapters.list() == ()
     again = load(session.save(tmp_path / "whole"))
     assert torch.equal(logits(again), merged)
+    pushed: list[Any] = []
+
+    def take(source: Any, *_: Any, **__: Any) -> str:
+        pushed.append(load_file(f"{source.location}/model.safetensors"))
+        return "there"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workbench.upload.push_folder", take)
+        assert session.push_to_hub("tiny") == "there"
+    saved = load_file(tmp_path / "whole" / "model.safetensors")
+    assert saved.keys() == pushed[0].keys()
+    assert all(torch.equal(tensor, pushed[0][key]) for key, tensor in saved.items())
 
 
 def test_in_the_preview_and_in_the_exported_program(tiny_llama: Path, adapter: Path, load: Any, tmp_path: Path) -> None:
     recipe = wb.Recipe(model=str(tiny_llama), workload=SMALL, precision=wb.FourBit())
-    chosen = recipe.with_(adapters=(str(adapter),))
+    alike = shutil.copytree(adapter, tmp_path / "other" / adapter.name)
+    chosen = recipe.with_(adapters=(str(adapter), str(alike)))
     assert wb.Recipe.from_json(chosen.to_json()) == chosen
     plain, placement = wb.place(recipe), wb.place(chosen)
-    size = read_adapter(adapter).size_bytes
+    size = 2 * read_adapter(adapter).size_bytes
     assert placement.total_bytes == plain.total_bytes + size
     assert placement.memory["cpu"].weight_bytes == plain.memory["cpu"].weight_bytes + size
     grown = [b.bytes_after - a.bytes_after for a, b in zip(plain.layers, placement.layers, strict=True)]
     assert [size for size in grown if size] == [size // 2, size // 2]
     assert plain.device_map == placement.device_map
 
-    session = load(tiny_llama, precision=wb.FourBit(), adapters=(str(adapter),))
+    # "packed" keeps room for them: all but the last byte of the model and its adapters.
+    card = wb.Machine.preset("RTX 4090")
+    full = chosen.with_(precision=wb.FullPrecision(), strategy="packed")
+    budgets = {0: wb.place(full, machine=card).total_bytes - 1, "cpu": "1GiB"}
+    short = wb.place(full.with_(max_memory=budgets), machine=card)
+    assert short.verdict == "offloads", short.summary
+
+    session = load(tiny_llama, precision=wb.FourBit(), adapters=chosen.adapters)
     assert session.load_report.matches, session.load_report.lines
-    assert session.adapters.active == "french"
+    assert [a.name for a in session.adapters.list()] == ["french", "french_2"]
+    assert session.adapters.active == "french_2"
     code = chosen.to_python() + "\nprint(model.active_adapter, model(inputs['input_ids']).logits.float().norm().item())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -131,7 +160,7 @@ def test_in_the_preview_and_in_the_exported_program(tiny_llama: Path, adapter: P
     ids = session.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert (name, float(norm)) == (
-            "french",
+            "french_2",
             pytest.approx(float(session.model(ids).logits.float().norm()), rel=1e-3),
         )
 
@@ -272,6 +301,7 @@ def test_bad_input(tiny_llama: Path, adapter: Path, load: Any, tmp_path: Path) -
         ),
         (lambda: session.train_adapter(TEXTS, max_length=2), "Nothing is left to learn of .*: raise max_length"),
         (lambda: session.train_adapter(TEXTS, folder=adapter), "french exists: name a new folder, or say overwrite"),
+        (lambda: session.train_adapter(TEXTS, folder=tiny_llama, overwrite=True), "is the model itself: name another"),
         (lambda: session.train_adapter(TEXTS, batch_size=10**5), "Training takes .* cpu has .*gradient_checkpointing"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -281,6 +311,8 @@ def test_bad_input(tiny_llama: Path, adapter: Path, load: Any, tmp_path: Path) -
     with pytest.raises(ValueError, match="adapters is a sequence of folders"):
         wb.Recipe(adapters="x")
     session.adapters.load(adapter)
+    with pytest.raises(ValueError, match="is the model itself: name another"):
+        session.adapters.save("french", tiny_llama, overwrite=True)
     with pytest.raises(ValueError, match="There is an adapter 'french' already"):
         session.adapters.load(adapter)
     with pytest.raises(ValueError, match="There is an adapter 'french' already"):
@@ -312,7 +344,7 @@ def test_cancelled_and_resumed_is_as_if_it_had_gone_on(tiny_llama: Path, tmp_pat
     assert [step.done for step in seen] == [0, 1, 2, 3, 4, 5]
     assert session.adapters.list() == ()
     assert torch.equal(logits(session), base)
-    report = session.train_adapter(TEXTS, name="cut", folder=folder, **options)
+    report = session.train_adapter(TEXTS, name="resumed", folder=folder, **options)
     assert report.resumed_steps == 5
     # Threads come and go with what else the machine does, and sums are rounded in another order then.
     assert report.losses == pytest.approx(whole.losses, rel=1e-3)
@@ -379,9 +411,15 @@ def test_float16_is_float32_meanwhile(tiny_llama: Path, load: Any) -> None:
     session = load(tiny_llama, precision=BASES["float16"])
     before = {name: p.clone() for name, p in session.model.named_parameters()}
     seen: set[torch.dtype] = set()
-    report = session.train_adapter(
-        TEXTS, steps=1, progress=lambda _: seen.update(p.dtype for p in session.model.parameters())
-    )
+    answers: list[str] = []
+
+    def watch(step: Any) -> None:
+        seen.update(p.dtype for p in session.model.parameters())
+        if step.stage == "train":  # in the thread that trains and would answer
+            answers.append(session.generate("Hello", max_new_tokens=2))
+
+    report = session.train_adapter(TEXTS, steps=1, progress=watch)
+    assert len(answers) == 1
     assert report.plan.upcast_bytes == sum(p.numel() * 2 for p in before.values())
     assert seen == {torch.float16, torch.float32}
     session.adapters.remove("adapter")

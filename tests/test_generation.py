@@ -140,8 +140,13 @@ def test_other_caches_answer(tiny_llama: Path, cache: str) -> None:
 
 def test_a_cache_that_cannot_be_is_refused_with_a_sentence(tiny_llama: Path, tiny_model: Callable[[str], Path]) -> None:
     recipe = wb.Recipe(model=str(tiny_llama), workload=wb.Workload(cache="offloaded"))
-    with pytest.raises(ValueError, match="waits on the CPU for a GPU, and no layer runs on one: take cache='dynamic'"):
-        wb.place(recipe)
+    for strategy in ("auto", "packed"):
+        placement = wb.place(recipe.with_(strategy=strategy))
+        assert placement.verdict == "does_not_fit"
+        assert "waits on the CPU for a GPU, and no layer runs on one: take cache='dynamic'" in placement.summary
+        assert [wb.place(advice.apply(recipe)).verdict for advice in placement.advice or ()] == ["fits"]
+    with pytest.raises(ValueError, match="no layer runs on one"):
+        wb.load(recipe)
     with pytest.raises(ValueError, match=r"No quantized cache is made for .*sliding_attention"):
         wb.place(wb.Recipe(model=str(tiny_model("gemma3")), workload=wb.Workload(cache="quantized", context_length=64)))
     with pytest.raises(ValueError, match="cache is one of 'dynamic', 'static', 'quantized', 'offloaded', not 'fast'"):
@@ -153,6 +158,9 @@ def test_an_offloaded_cache_is_counted_on_the_cpu(tiny_llama: Path) -> None:
     recipe = wb.Recipe(
         model=str(tiny_llama), max_memory={0: "1GiB", "cpu": "1GiB"}, workload=wb.Workload(cache="offloaded")
     )
+    left_out = wb.place(recipe.with_(max_memory={0: "1GiB"}), machine=machine)
+    assert left_out.summary == "Does not fit: an offloaded cache waits on the CPU, which max_memory leaves out."
+    assert {wb.place(a.apply(left_out.recipe), machine=machine).verdict for a in left_out.advice or ()} == {"fits"}
     memory = wb.place(recipe, machine=machine).memory
     assert memory["cpu"].kv_cache_bytes == 2048 * 256
     assert memory[0].kv_cache_bytes == 2048 * 256  # two layers are on the GPU at a time, and it has no more

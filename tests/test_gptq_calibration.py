@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,5 +119,20 @@ def test_nothing_is_measured_with_calibration_text(tokenizer: Any) -> None:
     text = " ".join(tokenizer.decode([i for ids in found for i in ids]).split())
     assert " ".join(held_back[0].split()) not in text
     assert " ".join(held_back[-2].split()) in text
-    with pytest.raises(ValueError, match="all of the evaluation text is calibration text as well"):
+    with pytest.raises(ValueError, match=r"evaluation text is calibration text as well.* more or other"):
         evaluation_sequences(leaky, tokenizer, leaky, count=2, length=64)
+
+
+@pytest.mark.parametrize("kind", ["given", "a.txt"])
+def test_one_large_source_for_both(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    texts = [f"Paragraph {i} says: {PROSE}" for i in range(20)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    source: Any = texts if kind == "given" else str(tmp_path / kind)
+    text = wb.CalibrationText(source=source, samples=40, sequence_length=64)
+    known = calibration_sequences(text, tokenizer)
+    found = evaluation_sequences(text, tokenizer, text, count=8, length=64)
+    assert (len(known), len(found)) == (40, 8)
+    told, measured = ({n for s in ids for n in re.findall(r"ph (\d+)", tokenizer.decode(s))} for ids in (known, found))
+    assert told
+    assert measured
+    assert not told & measured

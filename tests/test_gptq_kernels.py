@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import workbench as wb
+from workbench import kernels
 from workbench.kernels import backends, choose_backend, import_gptqmodel, library_backend
 from workbench.precision import GPTQ_BACKENDS
 
@@ -51,6 +52,19 @@ def test_a_wrong_kernel_is_found_and_not_used() -> None:
         choose_backend(
             wb.GPTQ(group_size=-1, sym=False, backend="torch_fused"), SHAPES, devices=["cpu"], dtype="float16"
         )
+
+
+def test_a_kernel_that_fails_says_why_and_gets_another_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [torch.OutOfMemoryError("no memory left"), RuntimeError("no such instruction")]
+
+    class Failing:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise failures.pop(0)
+
+    monkeypatch.setattr(kernels, "_candidate", lambda *_, **__: (Failing, ""))
+    for reason in ("no memory left", "no such instruction", "no such instruction"):
+        found = next(kernels._tried(wb.GPTQ(group_size=32), ((64, 128),), ("cpu",), "float16", adapters=False))
+        assert (found.usable, found.reason) == (False, f"Failing cannot run here: {reason}.")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hub_uploads import UploadHub
 
 import workbench as wb
+from workbench.model import find_model
+from workbench.upload import push_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,6 +80,30 @@ def test_push(quantized: Path, tiny_llama: Path, tmp_path: Path) -> None:
         assert "does not let this token write to org/new" in refused[0]
         unknown = push(hub, tmp_path / "empty", [(str(quantized), "org/new", {})], token=None)
         assert "huggingface_hub.login()" in unknown[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (type("ConnectError", (Exception,), {})(TOKEN), r"The Hub cannot be reached \(ConnectError\): check the conn"),
+        (PermissionError(13, "Permission denied", "/x/model.safetensors"), "/x/model.safetensors cannot be read"),
+        (UnicodeEncodeError("ascii", TOKEN, 0, 1, "ordinal not in range"), "A token is plain letters"),
+        (ValueError("Take another."), "Take another."),
+    ],
+)
+def test_what_goes_wrong_is_a_sentence_without_the_token(
+    error: Exception, sentence: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised where it would come: no connection is an error of the HTTP library of the day, of no kind of its own."""
+    from huggingface_hub import HfApi
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        push_folder(find_model(str(tiny_llama)), "tiny", token=f" {TOKEN}\n")
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
 
 def test_only_folders(tiny_llama: Path, tmp_path: Path) -> None:

@@ -109,6 +109,10 @@ def test_the_tokenizer_is_read_when_it_is_needed(tiny_llama: Path, tmp_path: Pat
     with pytest.raises(ValueError, match="mute came without a tokenizer"):
         session.generate("hello")
     session.unload()
+    (folder / "tokenizer.json").write_text("{}")
+    tokenizer, why = loading.read_tokenizer(wb.read_skeleton(str(folder)))
+    assert tokenizer is None
+    assert why.startswith("The tokenizer of mute cannot be read (")
 
 
 def test_linears_of_others_are_still_initialized(tiny_llama: Path) -> None:
@@ -144,6 +148,23 @@ def test_a_second_load_takes_what_the_first_has_quantized(tiny_llama: Path, keep
     assert wb.kept_weights() == ()
     assert second.generate("hello", max_new_tokens=5)  # what is mapped stays
     second.unload()
+
+
+def test_what_is_kept_and_damaged_is_made_anew(tiny_llama: Path, keeps: Path) -> None:
+    recipe = wb.Recipe(model=str(tiny_llama), precision=wb.FourBit())
+    first = wb.load(recipe)
+    expected = first.generate("hello", max_new_tokens=5)
+    weights = next(keeps.glob("*/model.safetensors"))
+    size = weights.stat().st_size
+    for damage, said in ((b"\xff" * size, "kept from an earlier load were damaged"), (b"", "kept for the next load")):
+        weights.unlink()  # the model before this one has it mapped
+        weights.write_bytes(damage)
+        session = wb.load(recipe)
+        assert any(said in line for line in session.load_report.lines), session.load_report.lines
+        assert session.generate("hello", max_new_tokens=5) == expected
+        assert weights.stat().st_size == size
+        session.unload()
+    first.unload()
 
 
 def test_other_choices_and_other_files_are_others(tiny_llama: Path, tmp_path: Path, keeps: Path) -> None:
@@ -207,6 +228,9 @@ def test_what_has_no_place_cannot_be_tried(tiny_llama: Path) -> None:
         wb.load(wb.Recipe(model=str(tiny_llama), max_memory={"cpu": "100KiB"}), anyway=True)
     assert not caught.value.can_try
     assert caught.value.advice[0].changes
+    placement = wb.place(wb.Recipe(model=str(tiny_llama), max_memory={"cpu": "100KiB"}))
+    said = str(load_guard.after_running_out(placement, wb.read_skeleton(str(tiny_llama)), "It"))
+    assert said.startswith("It ran out of memory. ")  # nobody had said that it fits
 
 
 def test_pickles_that_wait_on_a_full_disk(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import os
@@ -181,14 +182,16 @@ def test_weights_are_views_of_the_checkpoint_itself(tiny_model: Callable[[str], 
         session.unload()
 
 
-def test_another_dtype_is_stored_once(tiny_model: Callable[[str], Path]) -> None:
-    session = load(tiny_model("llama-tied"), precision=wb.FullPrecision(dtype="float32"), **DISK)
+def test_another_dtype_is_stored_once(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    own = {"offload_folder": str(tmp_path), **DISK}
+    session = load(tiny_model("llama-tied"), precision=wb.FullPrecision(dtype="float32"), **own)
     try:
         assert "stored again" in session.load_report.lines[-1]
-        stored = sum(file.stat().st_size for file in Path(session._offload_folder.name).iterdir())
+        stored = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
         assert stored >= session._offload._files.converted_bytes == session.load_report.measured_bytes["disk"]
     finally:
         session.unload()
+    assert not list(tmp_path.rglob("*.safetensors"))  # in a folder of the user's own
 
 
 def test_a_disk_without_room_for_copies_leaves_it_to_accelerate(tiny_model: Callable[[str], Path]) -> None:
@@ -611,9 +614,46 @@ print("reads on")
     assert "Fatal" not in done.stderr
 
 
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_layers_that_wait_under_a_gpu_are_saved(
+    tiny_llama: Path, tmp_path: Path, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What our GPU offload does to a model, with the CPU in the place of the GPU: nothing is computed."""
+    import torch
+    from accelerate import cpu_offload
+    from accelerate.utils import OffloadedWeightsLoader
+    from safetensors.torch import load_file
+
+    from workbench import offload_gpu
+    from workbench.offload_files import WeightFiles, find_waiting, hooks_of
+
+    session = load(tiny_llama, "accelerate", **(DISK if home == "disk" else {}))
+    if home == "cpu":
+        for layer in session.model.model.layers:
+            weights = OffloadedWeightsLoader(state_dict=layer.state_dict())  # as it is under a GPU
+            cpu_offload(layer, execution_device=torch.device("cpu"), state_dict=weights)
+    placement = wb.place(recipe_of(tiny_llama, **DISK))
+    for module in session.model.modules():
+        for hook in hooks_of(module):
+            hook.execution_device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    tensors, files = find_waiting(session.model), WeightFiles(None)
+    mapped = files.map([t for t in tensors if t.in_ram is None])
+    placement = dataclasses.replace(placement, memory={torch.device("cuda", 0): placement.memory["disk"]})
+    session._offload = offload_gpu.attach_to_gpu(session.model, tensors, mapped, files, placement)
+    monkeypatch.undo()
+    assert session.model.model.layers[1].mlp.up_proj.weight.is_meta
+    saved = load_file(session.save(tmp_path / "saved") / "model.safetensors")
+    original = load_file(tiny_llama / "model.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in original.items())
+    session.unload()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("home", ["cpu", "disk"])
-def test_layers_under_a_gpu(wide_llama: Path, home: str) -> None:
+def test_layers_under_a_gpu(wide_llama: Path, tmp_path: Path, home: str) -> None:
     import torch
 
     if not torch.cuda.is_available():
@@ -624,6 +664,9 @@ def test_layers_under_a_gpu(wide_llama: Path, home: str) -> None:
     try:
         assert ours._offload is not None, ours.load_report.lines
         assert same(logits(ours).cpu(), logits(theirs).cpu())
+        again = load(ours.save(tmp_path / "saved"))
+        assert same(logits(ours).cpu(), logits(again).cpu())
+        again.unload()
     finally:
         ours.unload()
         theirs.unload()

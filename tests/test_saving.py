@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 from hub_uploads import UploadHub
 
 import workbench as wb
+from workbench import weight_cache
 from workbench.four_bit import unpack
+from workbench.session import in_worker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,10 +102,69 @@ def test_nothing_half_done_is_left(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(session.tokenizer, "save_pretrained", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match=r"The disk with .* is full; nothing was left there: make room"):
         session.save(folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert (folder / "config.json").read_bytes() == kept
+
+    caught = threading.Event()
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert caught.wait(60)
+
+    monkeypatch.setattr(session.tokenizer, "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.save(folder, overwrite=True)
+    caught.set()
+    in_worker(lambda: None)  # what was being written when the interrupt came
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (folder / "recipe.json").is_file()
+
+
+def test_a_full_disk(tiny_llama: Path, small_disk: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As safetensors says it, which knows kinds of errors of its own."""
+    session = load(tiny_llama)
+    session.adapters.load(trained(session, small_disk.parent / "french"))
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - session.adapters.list()[0].size_bytes))
+    with pytest.raises(ValueError, match=r"The disk with .* is full"):
+        session.adapters.save("french", small_disk / "adapter")
+    session.adapters.remove("french")
+    filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free + filler.stat().st_size - 283_000))
+    with pytest.raises(ValueError, match=r"The disk with .* is full"):
+        session.save(small_disk / "made")
+    monkeypatch.setenv("WORKBENCH_CACHE_DIR", str(small_disk / "cache"))
+    monkeypatch.setattr(weight_cache, "_MOST_OF_FREE", 1.0)
+    assert not weight_cache.keep("key", session.model, title="", precision="", size_bytes=1000)
+    assert list((small_disk / "cache" / "quantized").iterdir()) == []
+    assert not list(small_disk.glob(".*"))
+
+
+def trained(session: wb.Session, folder: Path) -> Path:
+    """An adapter that has learnt as good as nothing."""
+    session.train_adapter(["Some text."], name="french", steps=1, folder=folder)
+    session.adapters.remove("french")
+    return folder
+
+
+def test_the_original_is_never_replaced(
+    tiny_llama: Path, tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is read through links, because its weights have a name of their own."""
+    monkeypatch.setenv("WORKBENCH_CACHE_DIR", str(tmp_path / "cache"))
+    folder = shutil.copytree(tiny_llama, tmp_path / "mine" / "tiny")
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    weights = folder / "weights.safetensors"
+    session = load(folder, precision=wb.FourBit())
+    assert session.skeleton.source.location != str(folder)
+    linked = tmp_path / "linked"
+    linked.symlink_to(folder)
+    for target, verb in ((folder, "is"), (linked, "is"), (folder.parent, "holds")):
+        with pytest.raises(ValueError, match=f"{target.name} {verb} the model itself: name another folder"):
+            session.save(target, overwrite=True)
+    assert weights.is_file()
+    assert session.save(folder / "saved")  # below it is beside its files
 
 
 def test_what_cannot_be_saved(tiny_llama: Path, tmp_path: Path, load: Any) -> None:

@@ -82,6 +82,23 @@ def read_adapter(location: str | Path, name: str | None = None) -> Adapter:
     return adapter if name is None else replace(adapter, name=name)
 
 
+def read_adapters(locations: Sequence[str]) -> tuple[Adapter, ...]:
+    """Several adapters for one model: where some have one name, the second of them is ``name_2``.
+
+    Raises:
+        ValueError: As :func:`read_adapter`.
+    """
+    found: dict[str, Adapter] = {}
+    for location in locations:
+        adapter = read_adapter(location)
+        name, count = adapter.name, 1
+        while name in found:
+            count += 1
+            name = f"{adapter.name}_{count}"
+        found[name] = replace(adapter, name=name)
+    return tuple(found.values())
+
+
 def check_base(adapter: Adapter, skeleton: Skeleton) -> None:
     """Make sure that an adapter's matrices are those of a model's modules.
 
@@ -189,7 +206,7 @@ class Adapters:
         check_base(adapter, self._session.skeleton)
         self._check_name(adapter.name)
         in_worker(lambda: self._load(adapter))
-        self._session.follow(adapters=(*self._session.recipe.adapters, str(location)))
+        self._follow()
         return adapter
 
     def use(self, name: str | None) -> None:
@@ -208,9 +225,9 @@ class Adapters:
         Raises:
             ValueError: If there is no such adapter.
         """
-        adapter = self._named(name)
+        self._named(name)
         in_worker(lambda: self._remove(name))
-        self._forget(adapter)
+        self._follow()
 
     def merge(self, name: str) -> str:
         """Add an adapter into the weights for good; it is no adapter any more then. ``session.save()`` keeps that.
@@ -232,7 +249,7 @@ class Adapters:
                 "original model and quantize that."
             )
         in_worker(self._merge)
-        self._forget(adapter)
+        self._follow()
         rounded = "" if precision.package is None else f" The weights were rounded to {precision.label} anew."
         return f"{name} is part of {len(adapter.modules)} modules now.{rounded}"
 
@@ -250,16 +267,19 @@ class Adapters:
         Raises:
             ValueError: If there is no such adapter, or it cannot be written there.
         """
-        from workbench.saving import new_folder
+        from workbench.saving import originals, write_folder
 
         adapter = self._named(name)
         target = Path(folder).expanduser().absolute()
-        with new_folder(target, overwrite=overwrite, needs_bytes=adapter.size_bytes) as made:
-            in_worker(lambda: self._save(name, made))
-        known = replace(adapter, location=str(target))
-        self._known[name] = known
-        if not adapter.location:
-            self._session.follow(adapters=(*self._session.recipe.adapters, str(target)))
+        write_folder(
+            lambda made: self._save(name, made),
+            target,
+            overwrite=overwrite,
+            needs_bytes=adapter.size_bytes,
+            keeps=originals(self._session.skeleton.source, self._session.recipe.model),
+        )
+        self._known[name] = replace(adapter, location=str(target))
+        self._follow()
         return target
 
     @contextmanager
@@ -325,6 +345,7 @@ class Adapters:
             unpack(self._session.model)
             self._use(name)
             merged = self._peft.merge_and_unload()
+        self._session.changed = True
         del self._known[name]
         self._leave(merged)
 
@@ -365,9 +386,9 @@ class Adapters:
             raise ValueError(f"There is no adapter {name!r}; loaded: {loaded}.")
         return self._known[name]
 
-    def _forget(self, adapter: Adapter) -> None:
-        left = [location for location in self._session.recipe.adapters if location != adapter.location]
-        self._session.follow(adapters=tuple(left))
+    def _follow(self) -> None:
+        """Keep the session's recipe in step: it names what has a place on disk or on the Hub."""
+        self._session.follow(adapters=tuple(a.location for a in self._known.values() if a.location))
 
 
 def attach_adapters(model: Any, locations: Sequence[str]) -> Any | None:
@@ -381,8 +402,8 @@ def attach_adapters(model: Any, locations: Sequence[str]) -> Any | None:
         PEFT's wrapper around the model, or None if there are none.
     """
     peft_model = None
-    for location in locations:
-        peft_model = _attach(model, read_adapter(location), peft_model)
+    for adapter in read_adapters(locations):
+        peft_model = _attach(model, adapter, peft_model)
     return peft_model
 
 

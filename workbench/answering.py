@@ -14,7 +14,7 @@ from workbench.generation import (
     run,
 )
 from workbench.load_guard import after_running_out, is_out_of_memory
-from workbench.session import give_back, in_worker, worker
+from workbench.session import give_back, in_worker, is_worker, worker
 from workbench.skeleton import turn
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ def encode(session: Session, messages: Messages) -> Any:
     """
     if session.model is None:
         raise ValueError("This model is unloaded: load it again.")
-    tokenizer = session.tokenizer
-    if tokenizer is None:
-        title = session.skeleton.source.title
-        raise ValueError(f"{title} came without a tokenizer: use session.model with your own.")
+    tokenizer = session.needed_tokenizer(": use session.model with your own.")
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt", verbose=False)
     from jinja2 import TemplateError
@@ -175,6 +172,10 @@ def _stream(
         finally:
             stream.end()
 
+    if is_worker():  # asked for by what reports progress, and nobody else will do it
+        work()
+        yield from stream
+        return
     future = worker().submit(work)
     try:
         yield from stream
@@ -252,7 +253,7 @@ def _run(session: Session, inputs: Any, chosen: dict[str, Any], options: Generat
             raise
         error.__traceback__ = error.__context__ = None  # frames hold what was computed so far
         give_back()
-        raise after_running_out(session.recipe, session.skeleton, "The answer") from None
+        raise after_running_out(session.placement, session.skeleton, "The answer") from None
     return sequences
 
 

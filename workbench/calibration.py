@@ -19,7 +19,8 @@ _HUB_SETS = {
     "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None),
 }
-_FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")
+_PROSE = (".txt", ".md")
+_FILE_KINDS = (*_PROSE, ".jsonl", ".json", ".parquet")
 EVALUATION_LENGTH = 512  # tokens of a sequence to measure with
 _HELD_BACK = 0.2  # of the offline text, for measuring
 _CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs for prose, so that one reading of a data set is enough
@@ -138,10 +139,15 @@ def evaluation_sequences(
         ValueError: If the text cannot be read, or nothing is left of it.
     """
     known = "\n".join(_plain(t) for t in _read(calibration))
-    pieces = offline_paragraphs()[1] if text.source == OFFLINE else _read(replace(text, samples=4 * count))
-    texts = ["\n\n".join(piece for piece in pieces if _plain(piece) not in known)]
-    if not any(t.strip() for t in texts):
-        raise ValueError("Nothing is left to measure with: all of the evaluation text is calibration text as well.")
+    pieces = offline_paragraphs()[1] if text.source == OFFLINE else _pieces(text)
+    # Of one source for both, what comes after that which was read to calibrate.
+    new = _enough((piece for piece in pieces if _plain(piece) not in known), count * length)
+    if not new:
+        raise ValueError(
+            "Nothing is left to measure with: all of the evaluation text is calibration text as well. Give more or "
+            "other text to measure with, fewer samples to calibrate with, or evaluation=None."
+        )
+    texts = ["\n\n".join(new)]
     sequences = _sequences(texts, tokenizer, length)
     if sequences:
         return sequences[:count]
@@ -174,8 +180,33 @@ def _plain(text: str) -> str:
 
 
 def _read(text: CalibrationText) -> list[str]:
+    found = _enough(_pieces(text), text.samples * text.sequence_length)
+    if not found:
+        raise ValueError(f"The calibration text {text.source if isinstance(text.source, str) else ''} is empty.")
+    # Paragraphs of one text are one text again.
+    return ["\n\n".join(found)] if _is_prose(text.source) else found
+
+
+def _enough(pieces: Iterable[str], tokens: int) -> list[str]:
+    """Pieces with something in them, until there is a choice of twice as many tokens as are wanted."""
+    found, length = [], 0
+    for piece in pieces:
+        if piece and piece.strip():
+            found.append(piece)
+            length += len(piece)
+            if length >= 2 * tokens * _CHARACTERS_PER_TOKEN:
+                break
+    return found
+
+
+def _is_prose(source: str | tuple[str, ...]) -> bool:
+    """Whether it is a text file, whose pieces are paragraphs."""
+    return isinstance(source, str) and source.lower().endswith(_PROSE) and Path(source).expanduser().is_file()
+
+
+def _pieces(text: CalibrationText) -> Iterable[str]:
+    """All of the text, row by row or paragraph by paragraph, as long as somebody reads on."""
     source = text.source
-    enough_characters = 2 * text.samples * text.sequence_length * _CHARACTERS_PER_TOKEN  # a choice of twice as many
     if not isinstance(source, str):
         texts: Iterable[str] = source
     elif source == OFFLINE:
@@ -189,16 +220,7 @@ def _read(text: CalibrationText) -> list[str]:
             f"There is no file {source}, and it is no data set: give 'offline', 'c4', 'wikitext2', a file "
             f"({', '.join(_FILE_KINDS)}), a data set as 'org/name', or a list of strings."
         )
-    found, length = [], 0
-    for one in texts:
-        if one and one.strip():
-            found.append(one)
-            length += len(one)
-            if length >= enough_characters:
-                break
-    if not found:
-        raise ValueError(f"The calibration text {source if isinstance(source, str) else ''} is empty.")
-    return found
+    return texts
 
 
 def _read_file(path: Path, column: str) -> Iterable[str]:
@@ -206,8 +228,8 @@ def _read_file(path: Path, column: str) -> Iterable[str]:
     if kind not in _FILE_KINDS:
         raise ValueError(f"{path.name} is no calibration file: it ends in {', '.join(_FILE_KINDS)}.")
     try:
-        if kind in (".txt", ".md"):
-            return [path.read_text(encoding="utf-8")]
+        if kind in _PROSE:
+            return re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
         if kind == ".parquet":
             return _read_parquet(path, column)
         rows = _json_rows(path)

@@ -25,11 +25,11 @@ from workbench.gptq_folder import write_folder
 from workbench.gptq_layers import Layers, linear_shape, replace_weight
 from workbench.gptq_packing import packed_linear
 from workbench.gptq_plan import plan_quantization
-from workbench.hardware import Machine, format_bytes
 from workbench.kernels import import_gptqmodel
 from workbench.loading import load, read_tokenizer
 from workbench.model import refuses_unknown
 from workbench.precision import GPTQ, precision_to_dict
+from workbench.saving import check_target, full_disk_said, move_into_place, originals
 from workbench.session import Cancelled, Progress, in_worker
 from workbench.skeleton import read_skeleton, turn
 from workbench.threads import SpareThreads
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from workbench.gptq_layers import RoundedModule
+    from workbench.hardware import Machine
     from workbench.recipe import Recipe
 
 _EVALUATIONS = 8  # sequences to measure with
@@ -258,14 +259,19 @@ class _Job:
             raise ValueError(" ".join((plan.summary, *plan.advice)))
         self.precision: GPTQ = self.recipe.precision  # type: ignore[assignment]
         self.skeleton = read_skeleton(self.recipe.model)
-        title = self.skeleton.source.title
         self.targets = plan.targets
-        self.disk_bytes, self.kept_bytes = plan.disk_bytes, plan.kept_bytes
+        self.kept_bytes = plan.kept_bytes
         import_gptqmodel()
-        self._check_folder()
-        tokenizer = read_tokenizer(self.skeleton)
+        check_target(
+            self.output,
+            overwrite=self.overwrite,
+            needs_bytes=plan.disk_bytes,
+            keeps=originals(self.skeleton.source, self.recipe.model),
+            what="Quantizing",
+        )
+        tokenizer, problem = read_tokenizer(self.skeleton)
         if tokenizer is None:
-            raise ValueError(f"{title} came without a tokenizer, and calibration text has to be tokenized.")
+            raise ValueError(f"{problem}, and calibration text has to be tokenized.")
         self.calibration = fitted(self.calibration, self.skeleton.context_length)
         sequences = calibration_sequences(self.calibration, tokenizer)
         held_back: list[list[int]] = []
@@ -342,7 +348,7 @@ class _Job:
             notes=self.notes,
         )
         self.check()
-        self._move_into_place(result)
+        move_into_place(result, self.output, aside=self.work / "replaced")
         self.tell("save", f"saved in {self.output}")
         return report
 
@@ -426,22 +432,6 @@ class _Job:
     def _layer_file(self, index: int) -> Path:
         return self.work / "layers" / f"{index:05d}.safetensors"
 
-    def _check_folder(self) -> None:
-        source = self.skeleton.source
-        if source.is_local and self.output.resolve() == Path(source.location).resolve():
-            raise ValueError(f"{self.output} is the model itself: name another folder for the quantized one.")
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"{self.output} is a file: name a folder.")
-        if self.output.is_dir() and any(self.output.iterdir()) and not self.overwrite:
-            raise ValueError(f"{self.output} exists: name a new folder, or say overwrite=True to replace it.")
-        above = next(parent for parent in self.output.parents if parent.exists())
-        needed, free = self.disk_bytes, shutil.disk_usage(above).free
-        if needed > free:
-            raise ValueError(
-                f"Quantizing needs up to {format_bytes(needed)} of disk space in {above}, and {format_bytes(free)} are "
-                "free: make room, or name a folder on another disk."
-            )
-
     @contextlib.contextmanager
     def _working_folder(self, sequences: list[list[int]]) -> Iterator[int]:
         """Make or take over the hidden folder; yields how many layers in it are done.
@@ -458,14 +448,8 @@ class _Job:
             raise ValueError(f"Another run is already quantizing into {self.output}: wait for it.") from None
         self.notes: list[str] = []
         try:
-            finished = self._found(self._identity(sequences))
-            yield finished
-        except OSError as error:
-            raise self._full(error) from error
-        except Exception as error:
-            if "No space left" in str(error) or "os error 28" in str(error):  # safetensors' own kind of error
-                raise self._full(error) from error
-            raise
+            with full_disk_said(self.output):
+                yield self._found(self._identity(sequences))
         finally:
             shutil.rmtree(self.work, ignore_errors=True)
             lock.release()
@@ -504,25 +488,6 @@ class _Job:
             "batch_size": self.batch_size,
             "versions": {name: importlib.metadata.version(name) for name in ("gptqmodel", "torch", "transformers")},
         }
-
-    def _full(self, error: Exception) -> Exception:
-        if getattr(error, "errno", 28) != 28:
-            return error
-        return ValueError(
-            f"The disk with {self.output.parent} is full; nothing was left there: make room, or name a folder on "
-            "another disk."
-        )
-
-    def _move_into_place(self, result: Path) -> None:
-        old = self.work / "replaced"
-        if self.output.exists():
-            self.output.rename(old)
-        try:
-            result.rename(self.output)
-        except OSError:
-            if old.exists():
-                old.rename(self.output)
-            raise
 
 
 def _number(error: float | None) -> float:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from workbench.gptq import QuantizeReport
+    from workbench.offload_gpu import GpuOffload
     from workbench.precision import GPTQ
     from workbench.recipe import Recipe
     from workbench.skeleton import Skeleton
@@ -91,14 +92,23 @@ def _state(model: Any, quantized: set[str], layer_files: list[Path]) -> dict[str
     return state
 
 
-def gathered_state(model: Any) -> dict[str, Any]:
-    """A model's state dict, with what accelerate keeps elsewhere in its place."""
+def gathered_state(model: Any, offload: GpuOffload | None = None) -> dict[str, Any]:
+    """A model's state dict, with what waits elsewhere in its place.
+
+    Args:
+        model: A loaded model.
+        offload: Ours under a GPU, which has what waits then; None is accelerate's.
+    """
     from accelerate.utils.modeling import get_state_dict_offloaded_model
 
     state: dict[str, Any] = model.state_dict()
-    if any(tensor.is_meta for tensor in state.values()):
-        state = get_state_dict_offloaded_model(model)
-    return state
+    if not any(tensor.is_meta for tensor in state.values()):
+        return state
+    if offload is None:
+        found: dict[str, Any] = get_state_dict_offloaded_model(model)
+        return found
+    waiting = offload.state()
+    return {name: waiting.get(name, tensor) for name, tensor in state.items()}
 
 
 def _saved_bytes(folder: Path) -> int:

@@ -119,6 +119,11 @@ def plan_quantization(
         raise ValueError(f"quantize() needs a recipe with precision=GPTQ(...), not {precision.label}.")  # noqa: TRY004 - one kind of error for bad input
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is a whole number of at least 1, not {batch_size!r}.")
+    if recipe.adapters:
+        raise ValueError(
+            "Adapters are not quantized with their model: merge them into it, save that with session.save(folder) and "
+            "quantize that folder, or leave them out with recipe.with_(adapters=())."
+        )
     skeleton = read_skeleton(recipe.model)
     if skeleton.quantized_as is not None:
         raise ValueError(f"{skeleton.source.title} is already quantized: start from the original model.")

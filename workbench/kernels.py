@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -183,14 +184,17 @@ def _tried(
     import_gptqmodel()
     for name in sorted((n for n in GPTQ_BACKENDS if n != "auto" and only in (n, "auto")), key=_rank):
         kernel, reason = _candidate(name, precision, shapes, devices, adapters=adapters)
-        error = None
+        error, usable = None, kernel is not None
         if kernel is not None and check and shapes:
-            error = _relative_error(kernel, precision, shapes, dtype, _run_device(devices))
-            if error > _TOLERANCE:
-                reason = (
-                    f"{kernel.__name__} multiplies WRONG here: {error:.1%} from the plain product with "
-                    f"{_describe(precision)}."
-                )
+            found = _tested(kernel, precision, shapes, dtype, _run_device(devices))
+            if isinstance(found, str):
+                usable, reason = False, f"{kernel.__name__} cannot run here: {found}"
+            else:
+                error = found
+            if error is not None and error > _TOLERANCE:
+                usable = False
+                off = "no number comes out" if math.isinf(error) else f"{error:.1%} from the plain product"
+                reason = f"{kernel.__name__} multiplies WRONG here: {off} with {_describe(precision)}."
         coarse = error is not None and _ROUNDING.get(dtype, 0.001) < error <= _TOLERANCE
         if kernel is not None and coarse:
             reason = (
@@ -200,7 +204,7 @@ def _tried(
         yield Backend(
             name=name,
             kernel=None if kernel is None else kernel.__name__,
-            usable=kernel is not None and (error is None or error <= _TOLERANCE),
+            usable=usable,
             reason=reason,
             error=error,
             coarse=coarse,
@@ -241,7 +245,7 @@ def choose_backend(
     if chosen is None or not chosen.usable:
         reason = "no kernel here is right." if chosen is None else chosen.reason
         raise ValueError(f"backend={precision.backend!r} cannot be used: {reason} Take backend='auto' or 'torch'.")
-    passed = (b for b in tried if b is not chosen and b.error is not None)
+    passed = (b for b in tried if b is not chosen and b.kernel is not None)
     wrong = tuple(b.reason if b.coarse else b.reason + " It is not used." for b in passed)
     error = "" if chosen.error is None else f", {chosen.error:.2%} from the plain product"
     return _LIBRARY_NAMES[chosen.name], (f"Kernel: {chosen.kernel} ({chosen.name}){error}.", *wrong)
@@ -345,11 +349,21 @@ def _sentence(error: Any) -> str:
     return text[:200].rstrip(".") + "."
 
 
+def _tested(kernel: Any, precision: GPTQ, shapes: tuple[tuple[int, int], ...], dtype: str, device: str) -> float | str:
+    """As :func:`_relative_error`, also where memory ran out: the next time there may be more."""
+    try:
+        return _relative_error(kernel, precision, shapes, dtype, device)
+    except Exception as error:  # noqa: BLE001 - likewise
+        return _sentence(error)
+
+
 @functools.lru_cache(maxsize=512)
 def _relative_error(
     kernel: Any, precision: GPTQ, shapes: tuple[tuple[int, int], ...], dtype: str, device: str
-) -> float:
+) -> float | str:
     """How far a kernel's product is from the plain one at worst, for weights of these shapes with random content.
+
+    Where it cannot run, why not.
 
     It is built with the same positional arguments, converted and initialized by the same functions as when
     transformers loads a model: what goes wrong there goes wrong here.
@@ -358,6 +372,7 @@ def _relative_error(
     from gptqmodel.utils.model import hf_convert_gptq_v1_to_v2_format, hf_gptqmodel_post_init
 
     from workbench.gptq_packing import dequantize
+    from workbench.load_guard import is_out_of_memory
 
     worst = 0.0
     try:
@@ -392,10 +407,12 @@ def _relative_error(
                     x = x.to(device=device, dtype=getattr(torch, dtype))
                     want = x.float() @ weight.t()
                     got = holder.get_submodule(name)(x).float()
-                    worst = max(worst, float((got - want).norm() / want.norm()))
-    except Exception:  # noqa: BLE001 - compiled code from several projects; a kernel that fails is one not to use
-        return float("inf")
-    return worst if worst == worst else float("inf")  # noqa: PLR0124 - NaN
+                    worst = max(worst, float(((got - want).norm() / want.norm()).nan_to_num(float("inf"))))
+    except Exception as error:  # compiled code from several projects; a kernel that fails is one not to use
+        if is_out_of_memory(error):
+            raise
+        return _sentence(error)
+    return worst
 
 
 def _random_weight(precision: GPTQ, rows: int, columns: int) -> Any:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workbench.placement import Placement
-    from workbench.recipe import Recipe
     from workbench.skeleton import Skeleton
 
 _ANYWAY = "wb.load(recipe, anyway=True) tries it: it may be slow, or the system may end this process."
@@ -89,15 +88,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "allocate memory" in text or "out of memory" in text
 
 
-def after_running_out(recipe: Recipe, skeleton: Skeleton, what: str) -> DoesNotFit:
+def after_running_out(placement: Placement, skeleton: Skeleton, what: str) -> DoesNotFit:
     """The error for memory that ran out, with the smallest changes that fit into what is free now.
 
     Args:
-        recipe: What was to be loaded or was loaded.
+        placement: What was to be loaded or was loaded.
         skeleton: Its model.
         what: What was being done, as the beginning of a sentence.
     """
-    here = Machine.detect()
+    here, recipe = Machine.detect(), placement.recipe
     tried = place(recipe, machine=here, skeleton=skeleton)
     advice = [a for a in tried.advice or () if a.changes] if tried.verdict == "does_not_fit" else []
     workload = recipe.workload
@@ -113,4 +112,5 @@ def after_running_out(recipe: Recipe, skeleton: Skeleton, what: str) -> DoesNotF
         half = replace(workload, context_length=workload.context_length // 2)
         advice = [Advice(f"Halve the context to {half.context_length:,} tokens.", workload=half)]
     said = " ".join(advice[:1]) or "Close other programs or models."
-    return DoesNotFit(f"{what} ran out of memory, though the preview said that it fits. {said}", advice=advice)
+    though = "" if placement.verdict == "does_not_fit" else ", though the preview said that it fits"
+    return DoesNotFit(f"{what} ran out of memory{though}. {said}", advice=advice)

@@ -12,7 +12,7 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from workbench.adapters import attach_adapters, base_note, check_all_here, read_adapter
+from workbench.adapters import attach_adapters, base_note, check_all_here, read_adapters
 from workbench.checkpoint import as_dict
 from workbench.four_bit import keep_scales
 from workbench.hardware import Machine, device_label, format_bytes
@@ -35,7 +35,7 @@ from workbench.session import Cancelled, LoadReport, Progress, Session, give_bac
 from workbench.sizes import measure_weights, sizes_of
 from workbench.skeleton import Skeleton, read_skeleton, turn
 from workbench.threads import SpareThreads
-from workbench.weight_cache import find, keep, key_of
+from workbench.weight_cache import drop, find, keep, key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from workbench.offload import OffloadKind
     from workbench.recipe import Recipe
 
+_TOKENIZER_SIGNS = ("tokenizer", "vocab", "merges.txt", "spiece", "sentencepiece", ".tiktoken", "tekken")  # in names
 _WORTH_KEEPING_SECONDS = 1.0  # what is quantized faster than that is quantized again
 
 
@@ -84,7 +85,7 @@ def load(
     if offload not in ("workbench", "accelerate"):
         raise ValueError(f"offload is 'workbench' or 'accelerate', not {offload!r}.")
     cancel = cancel or threading.Event()
-    work = functools.partial(
+    attempt = functools.partial(
         _load,
         recipe,
         machine,
@@ -94,7 +95,19 @@ def load(
         anyway=anyway,
         keep_quantized=keep_quantized,
     )
+
+    def work() -> Session:
+        try:
+            return attempt()
+        except _KeptIsDamaged:
+            pass  # outside, its frames are gone with what they hold
+        return attempt(anew=True)
+
     return in_worker(work, cancel.set)
+
+
+class _KeptIsDamaged(Exception):  # noqa: N818 - nobody sees it
+    """Quantized weights were kept from an earlier load, and are of no use."""
 
 
 def _load(
@@ -106,6 +119,7 @@ def _load(
     offload: OffloadKind,
     anyway: bool,
     keep_quantized: bool,
+    anew: bool = False,
 ) -> Session:
     started = time.perf_counter()
     progress(Progress(stage="resolve", done=0, total=None, text="looking where everything goes"))
@@ -149,7 +163,8 @@ def _load(
     model = reader = None
     keeps = keep_quantized and not getattr(recipe.precision, "has_fp16_weight", False)  # nothing is quantized at rest
     key = key_of(skeleton, placement) if keeps else None
-    kept = None if key is None else find(key)
+    kept = None if key is None or anew else find(key)
+    doubtful: Path | None = None  # what is kept, until it has proved to be whole
     quantizes = kept is None and recipe.precision.package is not None and skeleton.quantized_as is None
     steps = reporting(
         progress,
@@ -180,6 +195,7 @@ def _load(
                 around.enter_context(SpareThreads())
                 began = time.perf_counter()
                 bar = download_bar(progress, cancel)
+                doubtful = kept
                 model, info = _from_pretrained(placement, skeleton, folder, bar, config, kept)
                 read_seconds = time.perf_counter() - began
             make_savable(model)
@@ -192,12 +208,17 @@ def _load(
             bare = place(recipe.with_(adapters=()), machine=placement.machine, skeleton=skeleton, advice=False)
         report = _check(model, info, bare, time.perf_counter() - started)
         cached = _keep(key, model, placement, skeleton, read_seconds) if quantizes and report.matches else ()
+        if anew:
+            cached = ("Quantized weights kept from an earlier load were damaged: they were made anew.", *cached)
         if kept is not None:
+            if not report.matches:  # as it did when they were kept
+                raise _KeptIsDamaged  # noqa: TRY301 - what goes wrong is tidied up in one place
+            doubtful = None
             cached = ("The quantized weights were kept from an earlier load.",)
         peft_model = attach_adapters(model, recipe.adapters)
         if peft_model is not None:
             report = _check(model, info, placement, time.perf_counter() - started)
-        notes = [base_note(read_adapter(location), skeleton) for location in recipe.adapters]
+        notes = [base_note(adapter, skeleton) for adapter in read_adapters(recipe.adapters)]
         report = replace(report, lines=(*report.lines, *cached, *skeleton.source.notes, *kernel, *filter(None, notes)))
         if offload == "workbench":
             reader, lines = attach_offload(model, placement, folder)
@@ -212,7 +233,10 @@ def _load(
         give_back()
         check_cancelled(cancel)  # libraries wrap what stopped a download in errors of their own
         if ran_out:
-            raise after_running_out(recipe, skeleton, f"Loading {skeleton.source.title}") from None
+            raise after_running_out(placement, skeleton, f"Loading {skeleton.source.title}") from None
+        if doubtful is not None and isinstance(error, Exception):  # damaged, or gone in the meantime
+            drop(doubtful)
+            raise _KeptIsDamaged from None
         raise
     session = Session(
         model=model,
@@ -223,8 +247,8 @@ def _load(
         _offload=reader,
         _offload_folder=offload_folder,
     )
-    for location in recipe.adapters:
-        session.adapters.take(read_adapter(location), peft_model)
+    for adapter in read_adapters(recipe.adapters):
+        session.adapters.take(adapter, peft_model)
     if offload_folder is not None:  # else its removal with a forgotten session would be a warning
         weakref.finalize(session, offload_folder.cleanup)
     return session
@@ -343,15 +367,19 @@ def _quiet_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def read_tokenizer(skeleton: Skeleton) -> Any | None:
-    """The model's tokenizer, or None where it has none that can be read."""
+def read_tokenizer(skeleton: Skeleton) -> tuple[Any | None, str]:
+    """The model's tokenizer; or None and why, as the beginning of a sentence."""
     from transformers import AutoTokenizer
 
     source = skeleton.source
     try:
-        return AutoTokenizer.from_pretrained(source.location, **source.arguments)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):
-        return None
+        return AutoTokenizer.from_pretrained(source.location, **source.arguments), ""
+    except Exception as error:  # noqa: BLE001 - files from anywhere, in libraries that raise anything
+        told = " ".join(str(error).split())[:300].rstrip(". ")
+    there = any(sign in file.name.lower() for file in source.files for sign in _TOKENIZER_SIGNS)
+    if source.files and not there and source.gguf_file is None:
+        return None, f"{source.title} came without a tokenizer"
+    return None, f"The tokenizer of {source.title} cannot be read ({told})"
 
 
 # --- after the load ---------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class ModelRef:
             raise ValueError(f"A model is named by text or a ModelRef, not by {type(text).__name__}.")  # noqa: TRY004 - one kind of error for bad input
         text = text.strip()
         name, at, revision = text.rpartition("@")
-        if at and name and revision and not Path(text).expanduser().exists():
+        if at and name and revision and not os.path.exists(os.path.expanduser(text)):  # noqa: PTH110, PTH111 - pathlib's raise
             return cls(name=name, revision=revision)
         return cls(name=text)
 
@@ -208,10 +208,15 @@ def find_model(ref: ModelRef | str) -> Source:
     ref = ModelRef.parse(ref)
     if ref.name == DEMO:
         return _find_demo(ref)
-    folder = Path(ref.name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(ref.name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, RuntimeError) as error:  # forbidden, too long, or a ~user whom nobody knows
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{ref.name[:80]} cannot be looked at ({reason}): name a folder that can.") from None
+    if is_folder:
         return _find_folder(folder, ref)
-    if folder.is_file():
+    if is_file:
         if folder.suffix == ".gguf":
             return _find_gguf(folder, ref)
         raise ValueError(f"{ref.name} is a file; name the folder that holds the model's config.json.")

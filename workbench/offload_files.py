@@ -7,6 +7,8 @@ tests/test_offload.py compares the logits and fails when they change.
 from __future__ import annotations
 
 import functools
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +113,7 @@ class WeightFiles:
 
     def __init__(self, folder: str | None) -> None:
         self._folder = folder
+        self._copies: Path | None = None  # ours in that folder, which may be somebody's own
         self.mapped: dict[str, MappedFile] = {}
         self.ranges: dict[str, tuple[MappedFile, int, int]] = {}
         self.converted_bytes = 0
@@ -157,37 +160,39 @@ class WeightFiles:
 
     def _converted(self, t: WaitingTensor) -> tuple[str, str]:
         """Store a copy in the dtype that the model wants: casting at each token would cost more than reading."""
-        import shutil
-
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self._folder is None:
             raise UnservedError(f"{t.name} is in the checkpoint in another dtype, and there is no folder for a copy")
         dtype = str(t.dtypes[-1]).removeprefix("torch.")
-        path = f"{self._folder}/{t.key}.{dtype}.safetensors"
-        if path in self.mapped:
-            return path, t.key
-        tensor = self._open(t.path).tensor(t.key)
-        size = tensor.numel() * t.dtypes[-1].itemsize
+        size = t.meta.numel() * t.dtypes[-1].itemsize
         try:
+            if self._copies is None:
+                self._copies = Path(tempfile.mkdtemp(prefix="workbench-", dir=self._folder))
+            path = f"{self._copies}/{t.key}.{dtype}.safetensors"
+            if path in self.mapped:
+                return path, t.key
+            tensor = self._open(t.path).tensor(t.key)
             if shutil.disk_usage(self._folder).free < size + _KEEPS_FREE_BYTES:
                 raise UnservedError(_no_room(t.name))
             for dtype_ in t.dtypes:
                 tensor = tensor.to(dtype_)
             save_file({t.key: tensor.contiguous()}, path)
         except (OSError, SafetensorError):
-            Path(path).unlink(missing_ok=True)
             raise UnservedError(_no_room(t.name)) from None
         self.converted_bytes += size
         return path, t.key
 
     def close(self) -> None:
-        """Close the files; a mapping goes with the last tensor of it."""
+        """Close the files and remove our copies; a mapping goes with the last tensor of it."""
         for file in self.mapped.values():
             file.close()
         self.mapped.clear()
         self.ranges.clear()
+        if self._copies is not None:
+            shutil.rmtree(self._copies, ignore_errors=True)
+            self._copies = None
 
 
 def _no_room(name: str) -> str:

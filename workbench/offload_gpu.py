@@ -102,6 +102,10 @@ class GpuOffload:
             t.put(t.meta)
         unit.fetched = unit.arrived = None
 
+    def state(self) -> dict[str, Any]:
+        """The full name of every tensor that waits, and it: in RAM or in a mapped file."""
+        return {t.name: source for unit in self._units for t, source in zip(unit.tensors, unit.sources, strict=True)}
+
     def close(self) -> None:
         """Let go of the copies and of the memory that they come from."""
         for handle in self._handles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,23 @@ def _device_key(key: Any) -> DeviceId:
     if isinstance(key, int) and not isinstance(key, bool):
         return key
     raise ValueError(f"A device is a GPU's number, 'mps', 'cpu' or 'disk', not {key!r}.")
+
+
+def _read_budgets(max_memory: Mapping[Any, int | str]) -> dict[DeviceId, int | str]:
+    budgets: dict[DeviceId, int | str] = {}
+    for key, value in max_memory.items():
+        device = _device_key(key)
+        if device in budgets:
+            raise ValueError(f"max_memory names {device_label(device)} twice: keep one of the two.")
+        parse_bytes(value)
+        budgets[device] = value
+    return dict(sorted(budgets.items(), key=lambda item: (isinstance(item[0], str), item[0])))
+
+
+def _counted(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts module names as people count: layer 2 before layer 10."""
+    parts = name.split(".")
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 @refuses_unknown
@@ -95,10 +113,7 @@ class Recipe:
         if self.max_memory is not None:
             if not isinstance(self.max_memory, Mapping) or not self.max_memory:
                 raise ValueError('max_memory is a dict such as {0: "10GiB", "cpu": "20GiB"}, or None for what is free.')
-            budgets = {_device_key(key): value for key, value in self.max_memory.items()}
-            for value in budgets.values():
-                parse_bytes(value)
-            put(self, "max_memory", MappingProxyType(budgets))
+            put(self, "max_memory", MappingProxyType(_read_budgets(self.max_memory)))
         if self.device_map is not None:
             if self.strategy != "custom":
                 raise ValueError(f'A device_map needs strategy="custom"; with {self.strategy!r} it would be ignored.')
@@ -137,7 +152,8 @@ class Recipe:
         return Recipe(**{**current, **changes})
 
     def to_json(self) -> str:
-        """Versioned JSON, the same text for equal recipes."""
+        """Versioned JSON, the same text for equal recipes, in whatever order their devices and modules were named."""
+        devices = self.device_map
         return json.dumps(
             {
                 "workbench_recipe": _VERSION,
@@ -145,7 +161,7 @@ class Recipe:
                 "precision": precision_to_dict(self.precision),
                 "strategy": self.strategy,
                 "max_memory": None if self.max_memory is None else {str(k): v for k, v in self.max_memory.items()},
-                "device_map": None if self.device_map is None else dict(self.device_map),
+                "device_map": None if devices is None else {n: devices[n] for n in sorted(devices, key=_counted)},
                 "workload": {f.name: getattr(self.workload, f.name) for f in fields(self.workload)},
                 **{name: getattr(self, name) for name in _KNOBS},
             },
@@ -155,6 +171,9 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """The inverse of :meth:`to_json`.
+
+        What the text says of ``trust_remote_code`` and ``allow_pickle`` holds: a file from somebody else could so run
+        their code here. Look at ``recipe.model`` before anything is done with it.
 
         Raises:
             ValueError: If the text is no recipe, or one of a later version.
@@ -189,9 +208,12 @@ class Recipe:
         """
         return _write_python(self, placement, generation or GenerationOptions())
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        """Pickle and deep-copy through JSON: a mapping proxy can do neither."""
-        return Recipe.from_json, (self.to_json(),)
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        """Pickle and deep-copy as plain choices: a mapping proxy can do neither."""
+        choices: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("max_memory", "device_map"):
+            choices[name] = choices[name] and dict(choices[name])
+        return partial(Recipe, **choices), ()
 
     def __hash__(self) -> int:
         """Equal recipes hash alike."""
@@ -287,7 +309,7 @@ def _write_python(recipe: Recipe, placement: Placement | None, generation: Gener
         '    inputs = tokenizer.apply_chat_template(prompt, return_tensors="pt", **options)',
         "else:",
         '    inputs = tokenizer(prompt, return_tensors="pt")',
-        f"inputs = inputs.to({_input_device(device_map)})",
+        f"inputs = inputs.to({_input_device(device_map, memory)})",
         *([] if generation.seed is None else [f"torch.manual_seed({generation.seed})"]),
         f"output = model.generate({', '.join(['**inputs', *_write_generation(recipe, generation)])})",
         f"print(tokenizer.decode(output[0]{answer}, skip_special_tokens=True))",
@@ -302,24 +324,24 @@ def _write_generation(recipe: Recipe, generation: GenerationOptions) -> list[str
 
 
 def _write_adapters(recipe: Recipe) -> list[str]:
-    from workbench.adapters import read_adapter
+    from workbench.adapters import read_adapters
 
     lines: list[str] = []
-    for location in recipe.adapters:
-        name = read_adapter(location).name
-        arguments = f"{location!r}, adapter_name={name!r}"
+    for adapter in read_adapters(recipe.adapters):
+        arguments = f"{adapter.location!r}, adapter_name={adapter.name!r}"
         if lines:
-            lines += [f"model.load_adapter({arguments})", f"model.set_adapter({name!r})"]
+            lines += [f"model.load_adapter({arguments})", f"model.set_adapter({adapter.name!r})"]
         else:
             lines.append(f"model = PeftModel.from_pretrained(model, {arguments})")
     return lines
 
 
-def _input_device(device_map: Mapping[str, DeviceId] | None) -> str:
+def _input_device(device_map: Mapping[str, DeviceId] | None, memory: Mapping[DeviceId, int | str] | None) -> str:
     """Where the prompt belongs, as an expression; ``model.device`` says "meta" when the embedding is offloaded."""
-    if device_map is None:
-        return '"cuda" if torch.cuda.is_available() else "cpu"'
-    gpus = [device for device in device_map.values() if device not in ("cpu", "disk")]
+    if device_map is None and memory is None:
+        return '"cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"'
+    named = (memory or {}) if device_map is None else device_map.values()
+    gpus = [device for device in named if device not in ("cpu", "disk")]
     return f'"{device_label(gpus[0]) if gpus else "cpu"}"'
 
 

@@ -7,18 +7,22 @@ quantization. GPTQ and its like are folders from the beginning.
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import tempfile
+import threading
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.four_bit import unpack
 from workbench.hardware import format_bytes
-from workbench.session import in_worker
+from workbench.model import DEMO, ModelRef
+from workbench.session import Cancelled, in_worker
 from workbench.skeleton import turn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from workbench.model import Source
     from workbench.session import Session
@@ -40,12 +44,15 @@ def save(session: Session, folder: str | Path, *, overwrite: bool = False, max_s
         ValueError: If the model cannot be saved as it is, or not there; the sentence says what to do.
     """
     target = Path(folder).expanduser().absolute()
+    _check_adapters(session)
     _check(session)
-    source = session.skeleton.source
-    if source.is_local and target.resolve() == Path(source.location).resolve():
-        raise ValueError(f"{target} is the model itself: name another folder.")
-    with new_folder(target, overwrite=overwrite, needs_bytes=session.placement.total_bytes) as made:
-        in_worker(lambda: _write(session, made, max_shard_size))
+    write_folder(
+        lambda made: _write(session, made, max_shard_size),
+        target,
+        overwrite=overwrite,
+        needs_bytes=session.placement.total_bytes,
+        keeps=originals(session.skeleton.source, session.recipe.model),
+    )
     return target
 
 
@@ -67,8 +74,10 @@ def push(session: Session, repo_id: str, *, private: bool, token: str | None) ->
     from workbench.model import find_model
     from workbench.upload import push_folder
 
+    _check_adapters(session)
     source = session.skeleton.source
-    if session.recipe.precision.package is None or session.skeleton.quantized_as is not None:
+    as_it_came = session.recipe.precision.package is None or session.skeleton.quantized_as is not None
+    if as_it_came and not session.changed:
         return push_folder(source, repo_id, private=private, token=token)
     with tempfile.TemporaryDirectory(prefix="workbench-upload-") as above:
         folder = save(session, Path(above) / source.title.rpartition("/")[2])
@@ -92,45 +101,139 @@ def make_savable(model: Any) -> None:
         ]
 
 
+def originals(source: Source, named: ModelRef) -> tuple[Path, ...]:
+    """What must be there still when a folder has been replaced: a model on this machine.
+
+    Args:
+        source: Where it was found, which may be a folder of links to its files.
+        named: As the user named it.
+    """
+    if not source.is_local:
+        return ()
+    folder = Path(source.location)
+    given = () if named.name == DEMO else (Path(named.name).expanduser(),)
+    return (folder, *given, *(folder / file.name for file in source.files))
+
+
+def write_folder(
+    write: Callable[[Path], None], target: Path, *, overwrite: bool, needs_bytes: int, keeps: Iterable[Path]
+) -> None:
+    """Have the worker write a new folder; if the waiting thread is interrupted, nothing of it stays.
+
+    Args:
+        write: Fills the folder that it is given.
+        target: As for :func:`new_folder`, like the others.
+        overwrite: Likewise.
+        needs_bytes: Likewise.
+        keeps: Likewise.
+
+    Raises:
+        ValueError: As :func:`new_folder`.
+    """
+    stop = threading.Event()
+
+    def work() -> None:
+        with new_folder(target, overwrite=overwrite, needs_bytes=needs_bytes, keeps=keeps) as made:
+            write(made)
+            if stop.is_set():
+                raise Cancelled("Saving was cancelled.")
+
+    in_worker(work, stop.set)
+
+
 @contextlib.contextmanager
-def new_folder(target: Path, *, overwrite: bool, needs_bytes: int) -> Iterator[Path]:
+def new_folder(target: Path, *, overwrite: bool, needs_bytes: int, keeps: Iterable[Path] = ()) -> Iterator[Path]:
     """Make a folder beside its place, and move it there when the block ends well; else nothing is left of it.
 
     Args:
         target: Where it will be.
         overwrite: Replace what is there.
         needs_bytes: What will be written.
+        keeps: As for :func:`check_target`.
 
     Yields:
         The folder to write into.
 
     Raises:
-        ValueError: If something is there, or the disk has too little room.
+        ValueError: As :func:`check_target`; or if the disk is full in the end all the same.
+    """
+    check_target(target, overwrite=overwrite, needs_bytes=needs_bytes, keeps=keeps)
+    with full_disk_said(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+            made = Path(work) / "new"
+            made.mkdir()
+            yield made
+            move_into_place(made, target, aside=Path(work) / "old")
+
+
+def check_target(
+    target: Path, *, overwrite: bool, needs_bytes: int = 0, keeps: Iterable[Path] = (), what: str = "Saving"
+) -> None:
+    """Make sure that a folder can be written.
+
+    Args:
+        target: Where it will be.
+        overwrite: Whether what is there may be replaced.
+        needs_bytes: What will be written.
+        keeps: Files and folders that are in use: a folder that is one of them, or holds one, is never replaced.
+        what: Is being done, as the beginning of a sentence.
+
+    Raises:
+        ValueError: If something is there that has to stay, or the disk has too little room.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: name a folder.")
+    for kept in keeps if target.exists() else ():
+        real = kept.resolve()
+        # Not by their names, which may be written in several ways on some systems.
+        if any(place.exists() and place.samefile(target) for place in (real, *real.parents)):
+            verb = "is" if real.is_dir() and real.samefile(target) else "holds"
+            raise ValueError(f"{target} {verb} the model itself: name another folder.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{target} exists: name a new folder, or say overwrite=True to replace it.")
     above = next(parent for parent in target.parents if parent.exists())
     free_bytes = shutil.disk_usage(above).free
     if needs_bytes > free_bytes:
         raise ValueError(
-            f"Saving needs {format_bytes(needs_bytes)} in {above}, and {format_bytes(free_bytes)} are free: make room, "
-            "or name a folder on another disk."
+            f"{what} needs up to {format_bytes(needs_bytes)} of disk space in {above}, and {format_bytes(free_bytes)} "
+            "are free: make room, or name a folder on another disk."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
-        made, old = Path(work) / "new", Path(work) / "old"
-        made.mkdir()
-        yield made
-        if target.exists():
-            target.rename(old)
-        try:
-            made.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
+
+
+@contextlib.contextmanager
+def full_disk_said(target: Path) -> Iterator[None]:
+    """Say that the disk is full where that ends the block, in whichever library.
+
+    Args:
+        target: What is being written.
+
+    Raises:
+        ValueError: In place of the library's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in told or "os error 28" in told
+        if not full:
             raise
+        raise ValueError(
+            f"The disk with {target.parent} is full; nothing was left there: make room, or name a folder on another "
+            "disk."
+        ) from error
+
+
+def move_into_place(made: Path, target: Path, *, aside: Path) -> None:
+    """Give a finished folder its place; what is there now goes aside, and comes back if that fails."""
+    if target.exists():
+        target.rename(aside)
+    try:
+        made.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
 
 
 def front_matter(source: Source, tags: list[str]) -> str:
@@ -163,14 +266,17 @@ def front_matter(source: Source, tags: list[str]) -> str:
     return f"---\n{front.to_yaml()}\n---"
 
 
-def _check(session: Session) -> None:
-    if session.model is None:
-        raise ValueError("This model is unloaded: load it again.")
+def _check_adapters(session: Session) -> None:
     adapters = session.adapters.list()
     if adapters:
         raise ValueError(
             f"Merge or remove the adapter {adapters[0].name} first; session.adapters.save() writes it by itself."
         )
+
+
+def _check(session: Session) -> None:
+    if session.model is None:
+        raise ValueError("This model is unloaded: load it again.")
     skeleton, precision = session.skeleton, session.recipe.precision
     if skeleton.quantized_as is not None and skeleton.quant_method != "bitsandbytes":
         where = skeleton.source.location
@@ -192,7 +298,7 @@ def _write(session: Session, folder: Path, max_shard_size: str) -> None:
         unpack(session.model)
         # torchao's tensors are taken apart by transformers, which then has to gather them itself.
         torchao = session.recipe.precision.method == "torchao"
-        state = None if torchao else gathered_state(session.model)
+        state = None if torchao else gathered_state(session.model, session._offload)  # noqa: SLF001 - one package
         session.model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
         if session.tokenizer is not None:
             session.tokenizer.save_pretrained(folder)
@@ -202,14 +308,16 @@ def _write(session: Session, folder: Path, max_shard_size: str) -> None:
 
 @contextlib.contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Hold back the bar that transformers draws over the files that it writes."""
+    """Hold back the bar that transformers draws over the files that it writes, and its warning about offloading."""
     import transformers
 
     previous = transformers.logging.set_tqdm_hook(
         lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True})
     )
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            yield
     finally:
         transformers.logging.set_tqdm_hook(previous)
 

@@ -82,9 +82,14 @@ def worker() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix=_WORKER)
 
 
+def is_worker() -> bool:
+    """Whether the calling thread is the worker, as it is in what reports progress."""
+    return threading.current_thread().name.startswith(_WORKER)
+
+
 def in_worker(work: Callable[[], _T], cancel: Callable[[], None] = lambda: None) -> _T:
     """Run work in the worker and wait; an interrupt of the waiting thread cancels the work."""
-    if threading.current_thread().name.startswith(_WORKER):
+    if is_worker():
         return work()
     future = worker().submit(work)
     try:
@@ -118,6 +123,7 @@ class Session:
         load_report: What the load came to.
         skeleton: What was known of it before.
         last_stats: What the last generation came to, or None.
+        changed: Whether its weights are others than those that were loaded: an adapter was merged into them.
     """
 
     model: Any
@@ -126,9 +132,11 @@ class Session:
     load_report: LoadReport
     skeleton: Skeleton
     last_stats: GenerationStats | None = None
+    changed: bool = False
     _offload: Any = field(default=None, repr=False)
     _offload_folder: Any = field(default=None, repr=False)
     _adapters: Any = field(default=None, repr=False)
+    _no_tokenizer: str = field(default="", repr=False)
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
     _prefixes: weakref.WeakSet[Prefix] = field(default_factory=weakref.WeakSet, repr=False)
 
@@ -137,7 +145,21 @@ class Session:
         """The tokenizer, read when it is first asked for; None if the model came without."""
         from workbench.loading import read_tokenizer
 
-        return read_tokenizer(self.skeleton)
+        tokenizer, self._no_tokenizer = read_tokenizer(self.skeleton)
+        return tokenizer
+
+    def needed_tokenizer(self, what: str) -> Any:
+        """The tokenizer, where nothing goes on without it.
+
+        Args:
+            what: What to say of that, as the end of a sentence.
+
+        Raises:
+            ValueError: If there is none, or it cannot be read.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self._no_tokenizer}{what}")
+        return self.tokenizer
 
     def generate(self, prompt: str, **options: Any) -> str:
         """Answer a prompt; the options are those of :meth:`stream`.
@@ -260,7 +282,8 @@ class Session:
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Upload the model, with a model card, as a repository on the Hub.
 
-        A model that was quantized while it was loaded is uploaded quantized; any other is the folder it came from.
+        A model that was quantized while it was loaded is uploaded quantized, one into which an adapter was merged as it
+        is now; any other is the folder it came from.
 
         Args:
             repo_id: ``"org/name"``, or ``"name"`` for the owner of the token.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.adapters import Adapter, adapter_from_model, check_all_here, import_peft
 from workbench.four_bit import unpack
 from workbench.model import refuses_unknown
+from workbench.saving import check_target, originals
 from workbench.session import Cancelled, Progress, in_worker
 from workbench.skeleton import turn
 from workbench.threads import SpareThreads
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _WARM_UP = 0.1  # of the steps
 _STATE = "state.pt"
+_FORMAT = 2  # of that file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +172,7 @@ def preview(session: Session, texts: Sequence[str | tuple[str, str]], options: T
 def _check_session(session: Session, options: TrainingOptions) -> None:
     if session.model is None:
         raise ValueError("This model is unloaded: load it again.")
-    if session.tokenizer is None:
-        raise ValueError(f"{session.skeleton.source.title} came without a tokenizer, which texts need.")
+    session.needed_tokenizer(", which texts need.")
     if session.skeleton.is_encoder_decoder:
         raise ValueError("Training is for models that continue text; this one reads with an encoder.")
     check_all_here(session.placement)
@@ -240,9 +241,9 @@ class _Job:
 
     def _check(self) -> None:
         _check_session(self.session, self.options)
-        folder = self.folder
-        if folder is not None and folder.is_dir() and any(folder.iterdir()) and not self.overwrite:
-            raise ValueError(f"{folder} exists: name a new folder, or say overwrite=True to replace it.")
+        if self.folder is not None:
+            keeps = originals(self.session.skeleton.source, self.session.recipe.model)
+            check_target(self.folder, overwrite=self.overwrite, keeps=keeps)
 
     def _loop(
         self, model: Any, examples: list[tuple[list[int], list[int]]], state_file: Path | None
@@ -250,7 +251,8 @@ class _Job:
         import torch
 
         options, session = self.options, self.session
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        own = f".{options.name}.weight"  # an interrupted run may go on under another name
+        trained = {name.removesuffix(own): p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=options.learning_rate, weight_decay=0.0)
         losses: list[float] = []
         if state_file is not None and state_file.is_file():
@@ -334,6 +336,7 @@ class _Job:
         identity = json.dumps(
             {
                 **asdict(replace(self.options, name="any")),
+                "format": _FORMAT,
                 "model": self.session.skeleton.source.fingerprint,
                 "precision": self.session.placement.precision.label,
                 "examples": hashlib.sha256(json.dumps(examples).encode()).hexdigest(),

@@ -41,11 +41,11 @@ def push_folder(source: Source, repo_id: str, *, private: bool = True, token: st
             f"{source.title} is read through links because its files have names of their own: quantize its original "
             "into a new folder and push that."
         )
-    api = HfApi(token=token)
+    api = HfApi(token=token.strip() if token else None)  # with a line's end it would be quoted in an error
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(url.repo_id).private:
-            raise ValueError(f"{url.repo_id} exists and is public: name another repository, or say private=False.")
+            raise ValueError(f"{url.repo_id} exists and is public: name another repository, or say private=False.")  # noqa: TRY301 - as it is about what was just asked
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=Path(source.location),
@@ -67,6 +67,12 @@ def push_folder(source: Source, repo_id: str, *, private: bool = True, token: st
                 "with write access."
             ) from None
         raise ValueError(f"The Hub did not take {repo_id} (status {status}): try again.") from None
-    except (OSError, RuntimeError) as error:  # the client wraps what went wrong with a file in a RuntimeError
+    except UnicodeError:
+        raise ValueError("A token is plain letters, digits and _: copy it again.") from None
+    except ValueError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a refused connection is whatever the HTTP library of the day raises
+        if isinstance(error, OSError) and error.filename:
+            raise ValueError(f"{error.filename} cannot be read ({error.strerror}), so it was not uploaded.") from None
         raise ValueError(f"The Hub cannot be reached ({type(error).__name__}): check the connection.") from None
     return str(url)

@@ -80,9 +80,15 @@ def key_of(skeleton: Skeleton, placement: Placement) -> str | None:
 
 
 def find(key: str) -> Path | None:
-    """The folder kept under a key, which counts as used now; None if there is none."""
+    """The folder kept under a key, which counts as used now; None if there is none, or not all of it any more."""
     folder = _home() / key
-    if not (folder / _CARD).is_file():
+    if not folder.exists():
+        return None
+    whole = False
+    with contextlib.suppress(OSError):  # another process may be dropping it
+        whole = any(kept.folder == folder and kept.size_bytes == _size_bytes(folder) for _, kept in _entries())
+    if not whole:
+        drop(folder)
         return None
     with contextlib.suppress(OSError):
         os.utime(folder)
@@ -113,9 +119,14 @@ def keep(key: str, model: Any, *, title: str, precision: str, size_bytes: int) -
             model.save_pretrained(made)
             card = KeptWeights(title=title, precision=precision, size_bytes=_size_bytes(made), folder=home / key)
             (made / _CARD).write_text(json.dumps(asdict(card), default=str), encoding="utf-8")
-    except (OSError, ValueError):  # a full disk is no reason for a load to fail
+    except Exception:  # noqa: BLE001 - whatever the libraries make of a full disk, the load has been a success
         return False
     return True
+
+
+def drop(folder: Path) -> None:
+    """Remove what :func:`find` has found and what is of no use."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def kept_weights() -> tuple[KeptWeights, ...]:
@@ -156,10 +167,11 @@ def _make_room(size_bytes: int) -> bool:
     for _, kept in entries:
         if held + size_bytes <= bound:
             break
-        shutil.rmtree(kept.folder, ignore_errors=True)
+        drop(kept.folder)
         held -= kept.size_bytes
     return True
 
 
 def _size_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    """Of all that is kept there, our card apart."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and file.name != _CARD)
