@@ -46,6 +46,15 @@ def browser() -> Iterator[Browser]:
         instance.close()
 
 
+@pytest.fixture(scope="module")
+def one_page(jupyter_server: JupyterServer, browser: Browser) -> Iterator[Lab]:
+    """A page for all tests of a file: the cell is run again for each, in a kernel that has done its imports."""
+    page = Lab(jupyter_server, browser)
+    page.open(["exec(cell)\nbench"])
+    yield page
+    page.close()
+
+
 @pytest.fixture
 def lab(
     request: pytest.FixtureRequest, jupyter_server: JupyterServer, browser: Browser, tmp_path: Path

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 import nbformat
 import platformdirs
+from jupyter_client.blocking import BlockingKernelClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,15 +63,24 @@ _CELL_ERRORS = """() => window.jupyterapp.shell.currentWidget.content.widgets
     .filter(output => output.output_type === "error")
     .map(output => output.traceback.join("\\n"))"""
 
-_LEAVE = """
-if "bench" in globals():
-    for loaded in bench._state.sessions:
-        loaded.unload()
-    bench.close()
-import ipywidgets
-ipywidgets.Widget.close_all()
-get_ipython().reset(new_session=False)
-"""
+
+def ask(connection_file: Path, expression: str) -> str:
+    """What a kernel says that an expression is, in writing.
+
+    Raises:
+        TimeoutError: It is busy.
+        AssertionError: Something raised.
+    """
+    client = BlockingKernelClient(connection_file=str(connection_file))
+    client.load_connection_file()
+    client.start_channels()
+    try:
+        reply: Any = client.execute("", silent=True, user_expressions={"it": expression}, reply=True, timeout=30)
+    finally:
+        client.stop_channels()
+    it = reply["content"].get("user_expressions", {}).get("it", {})
+    assert it.get("status") == "ok", reply["content"]
+    return str(it["data"]["text/plain"])
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -128,7 +138,6 @@ class JupyterServer:
                 start_new_session=True,  # Ctrl-C ends the tests, and they end the server
             )
         self.url = ""
-        self._warm = ""  # the session whose kernel is kept
 
     def wait(self) -> None:
         """Return once it answers; the port is read from its own runtime file, as it takes the next one if need be.
@@ -153,37 +162,19 @@ class JupyterServer:
         """The end of what the server and its kernels printed."""
         return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
 
-    def request(self, method: str, path: str, content: Any = None) -> Any:
+    def request(self, method: str, path: str) -> Any:
         """The server's REST interface: the decoded answer, or None where it has no body."""
         asked = urllib.request.Request(  # noqa: S310 - an http address of our own
-            self.url + path,
-            method=method,
-            headers={"Authorization": f"token {self.token}"},
-            data=None if content is None else json.dumps(content).encode(),
+            self.url + path, method=method, headers={"Authorization": f"token {self.token}"}
         )
         with urllib.request.urlopen(asked, timeout=30) as answer:  # noqa: S310
             body = answer.read()
         return json.loads(body) if body else None
 
-    def warm(self, notebook: str) -> None:
-        """Give a notebook the one kernel that is kept from test to test, which has done its imports."""
-        if self._warm:
-            self.request("PATCH", f"/api/sessions/{self._warm}", {"path": notebook, "name": notebook})
-        else:
-            wanted = {"path": notebook, "name": notebook, "type": "notebook", "kernel": {"name": "python3"}}
-            self._warm = self.request("POST", "/api/sessions", wanted)["id"]
-
-    def forget(self, *, warm: bool) -> None:
-        """End every session with its kernel (they outlive the page) and go back to the default theme.
-
-        Args:
-            warm: The kernel that is kept, too.
-        """
+    def forget(self) -> None:
+        """End every session with its kernel (they outlive the page) and go back to the default theme."""
         for session in self.request("GET", "/api/sessions"):
-            if warm or session["id"] != self._warm:
-                self.request("DELETE", f"/api/sessions/{session['id']}")
-        if warm:
-            self._warm = ""
+            self.request("DELETE", f"/api/sessions/{session['id']}")
         (self._settings / "@jupyterlab/apputils-extension/themes.jupyterlab-settings").unlink(missing_ok=True)
 
     def stop(self) -> None:
@@ -203,7 +194,6 @@ class Lab:
         self.server = server
         self.console_errors: list[str] = []
         self.foreign_requests: list[str] = []
-        self.warm = False
         self.context = browser.new_context(viewport={"width": 1600, "height": 1000})
         self.context.on("request", self._on_request)
         self.context.on("console", self._on_console)
@@ -211,13 +201,12 @@ class Lab:
         self.page = self.context.new_page()
         self.page.on("websocket", self._on_websocket)
 
-    def open(self, notebook: Path | Sequence[str], *, folder: str = "", warm: bool = False) -> None:
+    def open(self, notebook: Path | Sequence[str], *, folder: str = "") -> None:
         """Open a notebook of this page's own and return when its kernel can be asked.
 
         Args:
             notebook: A notebook file, which is copied, or the source of each code cell.
             folder: Keep the file's own name, in a folder of this name; else it gets a number.
-            warm: In a kernel that has done its imports, where they are not what is tested.
         """
         if isinstance(notebook, Path):
             content = nbformat.read(notebook, as_version=4)
@@ -230,22 +219,13 @@ class Lab:
             name = f"{folder}/{notebook.name}"
             (self.server.root / folder).mkdir()
         nbformat.write(content, self.server.root / name)
-        self.warm = warm
-        if warm:
-            self.server.warm(name)
         self.page.goto(f"{self.server.url}/lab/tree/{quote(name)}?reset&token={self.server.token}")
         self.wait_ready()
 
     def close(self) -> None:
-        """Leave the page; a warm kernel is kept if it still answers, with nothing of this page in it."""
-        unusable = False
-        try:
-            if self.warm:
-                self.execute(_LEAVE)
-        except Exception:  # noqa: BLE001 - whatever a failed test has left of it
-            unusable = True
+        """Leave the page and end its kernel."""
         self.context.close()
-        self.server.forget(warm=unusable)
+        self.server.forget()
 
     def reload(self) -> None:
         """Save the notebook, load the page anew, and return when the kernel, which kept running, can be asked again."""

@@ -79,19 +79,14 @@ bench._quantize._job.say('Layer 12 of 30: mlp.down_proj', 12 / 30)
 }
 
 
-def shoot(lab: Lab, state: str, *, warm: bool = False) -> Iterator[tuple[str, bytes]]:
+def shoot(lab: Lab, state: str) -> Iterator[tuple[str, bytes]]:
     """Bring a page into a state and take its four pictures.
-
-    Args:
-        lab: The page.
-        state: One of ``STATES``.
-        warm: In a kernel that has done its imports.
 
     Yields:
         The picture's name ("fits-dark-narrow") and the PNG.
     """
     cell, then, tab = STATES[state]
-    lab.open([f"import workbench as wb\n{cell}\nbench"], warm=warm)
+    lab.open([f"import workbench as wb\n{cell}\nbench"])
     lab.run_all()
     root = lab.page.locator(".wb-root")
     root.wait_for(timeout=WAIT_MS)

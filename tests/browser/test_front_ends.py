@@ -7,33 +7,24 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from jupyter_client.blocking import BlockingKernelClient
-from lab import START_TIMEOUT_S, environment
+from lab import START_TIMEOUT_S, JupyterServer, Lab, ask, environment
 from test_main_job import NOTEBOOK, QUESTION, WAIT_MS, button, open_tab, part, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from lab import Lab
+    from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
 
 
-def ask(runtime: Path, expression: str) -> str:
-    """What the newest kernel of a server says that an expression is, in writing."""
-    (file, *_) = sorted(runtime.rglob("kernel-*.json"), key=lambda path: -path.stat().st_mtime_ns)
-    client = BlockingKernelClient(connection_file=str(file))
-    client.load_connection_file()
-    client.start_channels()
-    try:
-        reply: Any = client.execute("", silent=True, user_expressions={"it": expression}, reply=True, timeout=60)
-    finally:
-        client.stop_channels()
-    return str(reply["content"]["user_expressions"]["it"]["data"]["text/plain"])
+def newest(runtime: Path) -> Path:
+    """The connection file of a server's newest kernel."""
+    return max(runtime.rglob("kernel-*.json"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def main_job(lab: Lab, runtime: Path) -> None:
@@ -51,17 +42,28 @@ def main_job(lab: Lab, runtime: Path) -> None:
     button(lab, "wb-generate").click()
     lab.page.get_by_role("log", name="Answer").filter(has_text="Paris").wait_for(timeout=WAIT_MS)
     part(lab, "wb-stats").filter(has_text="tok/s").wait_for(timeout=WAIT_MS)
-    assert ask(runtime, "(bench.recipe.precision.method, bench.session.load_report.matches)") == "('int8', True)"
+    assert (
+        ask(newest(runtime), "(bench.recipe.precision.method, bench.session.load_report.matches)") == "('int8', True)"
+    )
 
 
-def test_in_notebook_7(lab: Lab) -> None:
-    shutil.copy(NOTEBOOK, lab.server.root / "seven.ipynb")
-    lab.page.goto(f"{lab.server.url}/notebooks/seven.ipynb?token={lab.server.token}")
-    lab.wait_ready()
-    lab.console_errors.clear()  # Notebook's own page has one, with no cell run
-    lab.page.get_by_role("menuitem", name="Run", exact=True).click()
-    lab.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    main_job(lab, lab.server.runtime)
+def test_in_notebook_7(browser: Browser, tmp_path: Path) -> None:
+    # A server of its own: one that has served Notebook refuses JupyterLab files of the same name.
+    server = JupyterServer(tmp_path)
+    server.wait()
+    page = Lab(server, browser)
+    try:
+        shutil.copy(NOTEBOOK, server.root)
+        page.page.goto(f"{server.url}/notebooks/{NOTEBOOK.name}?token={server.token}")
+        page.wait_ready()
+        page.console_errors.clear()  # Notebook's own page has one, with no cell run
+        page.page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        main_job(page, server.runtime)
+    finally:
+        page.close()
+        server.stop()
+    page.assert_clean()
 
 
 def probe_failed(port: int) -> bool:

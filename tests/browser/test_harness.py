@@ -3,11 +3,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from lab import Lab
 
 if TYPE_CHECKING:
-    from lab import JupyterServer
-    from playwright.sync_api import Browser
+    from lab import Lab
 
 pytestmark = pytest.mark.browser
 
@@ -20,7 +18,7 @@ slider
 
 
 def test_a_slider_moves_python_by_keyboard_and_by_mouse_and_survives_a_reload(lab: Lab) -> None:
-    lab.open([SLIDER], warm=True)
+    lab.open([SLIDER])
     lab.run_all()
     lab.page.locator(".wb-share .noUi-handle").press("ArrowRight")
     assert lab.wait_python("slider.value", lambda value: value != 40) == 41
@@ -37,7 +35,7 @@ def test_a_slider_moves_python_by_keyboard_and_by_mouse_and_survives_a_reload(la
 
 
 def test_the_kernel_holds_the_checkout_and_answers_with_plain_values(lab: Lab) -> None:
-    lab.open(["limits = {0: '20GiB', 'cpu': None}\nlate = []"], warm=True)
+    lab.open(["limits = {0: '20GiB', 'cpu': None}\nlate = []"])
     lab.run_all()
     assert lab.evaluate("limits") == {0: "20GiB", "cpu": None}
     assert lab.evaluate("__import__('os').environ['HF_HUB_OFFLINE']") == "1"
@@ -55,7 +53,7 @@ def test_the_kernel_holds_the_checkout_and_answers_with_plain_values(lab: Lab) -
 
 
 def test_what_goes_wrong_in_the_page_fails_the_test(lab: Lab) -> None:
-    lab.open(["1 / 0"], warm=True)
+    lab.open(["1 / 0"])
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         lab.run_all()
     lab.assert_clean()
@@ -74,17 +72,8 @@ def test_what_goes_wrong_in_the_page_fails_the_test(lab: Lab) -> None:
     lab.foreign_requests.clear()
 
 
-def test_a_warm_kernel_keeps_nothing_and_the_page_looks_as_it_is_told(
-    lab: Lab, jupyter_server: JupyterServer, browser: Browser
-) -> None:
-    before = Lab(jupyter_server, browser)
-    before.open(["import ipywidgets\nleft = ipywidgets.IntText()"], warm=True)
-    before.run_all()
-    process = before.evaluate("__import__('os').getpid()")
-    before.close()
-    lab.open(["1"], warm=True)
-    assert lab.evaluate("(__import__('os').getpid(), 'left' in globals())") == (process, False)
-    assert lab.evaluate("len(__import__('ipywidgets').Widget.get_manager_state()['state'])") == 0
+def test_the_theme_and_the_size_of_the_page_can_be_set(lab: Lab) -> None:
+    lab.open(["1"])
     background = "() => getComputedStyle(document.body).getPropertyValue('--jp-layout-color1').trim()"
     light = lab.page.evaluate(background)
     lab.set_theme("dark")

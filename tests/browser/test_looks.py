@@ -21,7 +21,7 @@ pytestmark = pytest.mark.browser
 @pytest.mark.parametrize("state", ["offloads", "error"])
 def test_pictures_are_as_wide_as_their_page_and_differ_by_theme(lab: Lab, state: str) -> None:
     pictures = {}
-    for name, png in shoot(lab, state, warm=True):
+    for name, png in shoot(lab, state):
         picture = Image.open(io.BytesIO(smaller(png))).convert("L")
         pictures[name.removeprefix(f"{state}-")] = picture
     assert list(pictures) == ["light-narrow", "light-wide", "dark-narrow", "dark-wide"]
@@ -40,7 +40,7 @@ _SERIOUS = """async () => (await axe.run(".wb-root", { resultTypes: ["violations
 
 
 def test_axe_finds_nothing_serious(lab: Lab) -> None:
-    lab.open(["import workbench as wb\nbench = wb.Workbench()\nbench"], warm=True)
+    lab.open(["import workbench as wb\nbench = wb.Workbench()\nbench"])
     lab.run_all()
     part(lab, "wb-chart .main-svg").first.wait_for(timeout=WAIT_MS)
     lab.wait_python("bench._state.settle(0)", timeout=90)

@@ -59,9 +59,9 @@ _DRAWN = """() => {
 }"""
 
 
-def start(lab: Lab, *, warm: bool = False) -> None:
+def start(lab: Lab) -> None:
     """Run the notebook and wait for the answer and its picture."""
-    lab.open(NOTEBOOK, warm=warm)
+    lab.open(NOTEBOOK)
     began = time.monotonic()
     lab.run_all()
     part(lab, "wb-load").wait_for(timeout=WAIT_MS)
@@ -170,7 +170,7 @@ def settled(lab: Lab) -> dict[str, Any]:
 
 
 def test_a_reloaded_page_shows_what_is_current(lab: Lab) -> None:
-    start(lab, warm=True)
+    start(lab)
     lab.execute(
         "bench.recipe = bench.recipe.with_(precision=wb.FourBit(), max_memory={'cpu': '0.1GiB', 'disk': '2GiB'},"
         " workload=wb.Workload(context_length=1024))"
@@ -193,7 +193,7 @@ def test_a_reloaded_page_shows_what_is_current(lab: Lab) -> None:
 
 
 def test_light_dark_wide_and_narrow(lab: Lab) -> None:
-    start(lab, warm=True)
+    start(lab)
     light = settled(lab)
     lab.set_theme("dark")
     lab.page.wait_for_function(f"ink => ({_DRAWN})().ink !== ink", arg=light["ink"])

@@ -35,7 +35,7 @@ def fill(lab: Lab, name: str, value: str) -> None:
 
 def test_quantize_from_the_first_look_to_the_loaded_folder(lab: Lab, tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    lab.open([CELLS.format(model=str(tiny_llama), tests=str(REPOSITORY / "tests"))], warm=True)
+    lab.open([CELLS.format(model=str(tiny_llama), tests=str(REPOSITORY / "tests"))])
     lab.run_all()
     lab.wait_python("bench._state.settle(0)", timeout=90)
     open_tab(lab, "Quantize")

@@ -30,7 +30,7 @@ def total(lab: Lab) -> int:
 
 def test_modules_are_picked_saved_and_loaded_again(lab: Lab, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = f"wb.Recipe(model={str(tiny_llama)!r}, workload=wb.Workload(context_length=128))"
-    lab.open([f"import workbench as wb\nbench = wb.Workbench({recipe})\nbench"], warm=True)
+    lab.open([f"import workbench as wb\nbench = wb.Workbench({recipe})\nbench"])
     lab.run_all()
     verdict(lab, "Fits")
     part(lab, "wb-precision").get_by_role("button", name="int8").click()

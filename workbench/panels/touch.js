@@ -264,16 +264,20 @@ export default {
       handle.addEventListener("pointermove", (event) => {
         if (scale) moveLimit(bar(), began[1] + (event.clientX - began[0]) * scale);
       });
-      const back = () => setTimeout(() => { // to what is in force, should it have been refused
-        const now = bar();
-        if (now && !(label in held)) drawLimit(now);
-      }, 500);
+      // What the hand wanted stands until Python has caught up, or for a moment, should it have been refused.
+      const release = () => {
+        const wanted = held[label];
+        setTimeout(() => {
+          if (scale || held[label] !== wanted) return;
+          delete held[label];
+          if (bar()) drawLimit(bar());
+        }, 500);
+      };
       const letGo = () => {
         if (!scale) return;
         scale = 0;
-        delete held[label];
         handle.classList.remove("wb-held");
-        back();
+        release();
         say(`Limit of ${label} ${handle.getAttribute("aria-valuetext")}`);
       };
       handle.addEventListener("pointerup", letGo);
@@ -292,9 +296,7 @@ export default {
       });
       for (const end of ["keyup", "blur"]) {
         handle.addEventListener(end, () => {
-          if (scale || !(label in held)) return;
-          delete held[label];
-          back();
+          if (!scale && label in held) release();
         });
       }
       return handle;
