@@ -185,6 +185,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run([str(shutil.which("umount")), "-l", str(folder)], check=True)
 
 
+@pytest.fixture(scope="session")
+def gptq_lesson(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The notebook that quantizes the demo model, run once: what it said, and the folder that it made."""
+    from test_notebooks import FOLDER, execute
+
+    home = tmp_path_factory.mktemp("lesson")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(home))  # where the notebook's kernel makes its folder
+        said = execute(FOLDER / "4-gptq.ipynb", home)
+    (made,) = home.glob("*/demo-gptq")
+    return said, made
+
+
 @pytest.fixture
 def load() -> Iterator[Callable[..., Session]]:
     """Load models for a short context, and unload them after the test."""

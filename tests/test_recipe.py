@@ -177,25 +177,27 @@ def run_exported(code: str, folder: Path) -> tuple[dict[str, Any], str]:
 
 
 _DISK = {"max_memory": {"cpu": "200MiB", "disk": "10GiB"}}
+_TINY_DISK = {"max_memory": {"cpu": "160KiB", "disk": "1GiB"}}
 
 
 @pytest.mark.parametrize(
-    ("options", "with_placement"),
+    ("model", "options", "with_placement"),
     [
-        ({}, True),
-        ({"precision": wb.Int8()}, True),
-        ({"precision": wb.FourBit()}, True),
-        (_DISK, True),
-        ({"strategy": "custom", "device_map": {"": "disk"}}, True),
-        ({}, False),
-        (_DISK, False),
+        ("demo_model", {}, True),
+        ("demo_model", {"precision": wb.Int8()}, True),
+        ("tiny_llama", {"precision": wb.FourBit()}, True),
+        ("demo_model", _DISK, True),
+        ("tiny_llama", {"strategy": "custom", "device_map": {"": "disk"}}, True),
+        ("tiny_llama", {}, False),
+        ("tiny_llama", _TINY_DISK, False),
     ],
     ids=["full", "int8", "nf4", "disk", "all-disk", "full-by-strategy", "disk-by-strategy"],
 )
 def test_exported_python_does_the_same(
-    demo_model: Path, tmp_path: Path, options: dict[str, Any], *, with_placement: bool
+    model: str, tmp_path: Path, options: dict[str, Any], request: pytest.FixtureRequest, *, with_placement: bool
 ) -> None:
-    recipe = wb.Recipe(model=str(demo_model), **options)
+    workload = wb.Workload(context_length=64)
+    recipe = wb.Recipe(model=str(request.getfixturevalue(model)), workload=workload, **options)
     session = wb.load(recipe)
     try:
         prompt = session._encode("What is the capital of France?", None)
@@ -204,6 +206,7 @@ def test_exported_python_does_the_same(
     finally:
         session.unload()
     assert found == session.placement.device_map
+    assert len(set(found.values())) == (2 if "max_memory" in options else 1)
     assert ids == expected
 
 
