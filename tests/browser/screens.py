@@ -85,9 +85,19 @@ def shoot(lab: Lab, state: str) -> Iterator[tuple[str, bytes]]:
     Yields:
         The picture's name ("fits-dark-narrow") and the PNG.
     """
-    cell, then, tab = STATES[state]
-    lab.open([f"import workbench as wb\n{cell}\nbench"])
+    lab.open([f"{cell_of(state)}\nbench"])
     lab.run_all()
+    yield from pictures(lab, state)
+
+
+def cell_of(state: str) -> str:
+    """The program that begins a state; ``bench`` is to be shown."""
+    return f"import workbench as wb\n{STATES[state][0]}"
+
+
+def pictures(lab: Lab, state: str) -> Iterator[tuple[str, bytes]]:
+    """The same for a page on which the state's cell has run."""
+    _, then, tab = STATES[state]
     root = lab.page.locator(".wb-root")
     root.wait_for(timeout=WAIT_MS)
     if state != "empty":
@@ -106,7 +116,7 @@ def shoot(lab: Lab, state: str) -> Iterator[tuple[str, bytes]]:
     if tab == "Layers":
         lab.execute("bench._layers.tree.opened = ['model', 'model.layers', 'model.layers.0 to 15', 'model.layers.1']")
         lab.page.get_by_role("treeitem").nth(8).wait_for(timeout=WAIT_MS)
-    lab.command("application:toggle-left-area")
+    lab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
     for theme in ("light", "dark"):
         lab.set_theme(theme)
         for size, width in SIZES.items():

@@ -33,13 +33,18 @@ def lab(one_page: Lab) -> Iterator[Lab]:
 
 
 def start(lab: Lab, cell: str = CELL) -> None:
-    lab.execute(f"before, cell = globals().get('bench'), {cell!r}")
-    lab.run_all()
-    lab.execute("if before is not None: before.close()")
+    show(lab, cell)
     part(lab, "wb-chart .main-svg").first.wait_for(timeout=WAIT_MS)
     lab.wait_python("bench._state.settle(0)", timeout=90)
     settled(lab)
     part(lab, "wb-chart").scroll_into_view_if_needed()
+
+
+def show(page: Lab, cell: str) -> None:
+    """Run a cell in a page that other tests have used; ``bench`` is shown in place of theirs."""
+    page.execute(f"before, cell = globals().get('bench'), {cell!r}")
+    page.run_all()
+    page.execute("if before is not None: before.close()")
 
 
 def middle(lab: Lab, index: int) -> tuple[float, float]:

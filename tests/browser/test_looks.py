@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import axe_playwright_python
 import pytest
 from PIL import Image
-from screens import SIZES, shoot, smaller
+from screens import SIZES, cell_of, pictures, smaller
+from test_hands import show
 from test_main_job import WAIT_MS, open_tab, part, settled
 
 if TYPE_CHECKING:
@@ -19,19 +20,21 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.mark.parametrize("state", ["offloads", "error"])
-def test_pictures_are_as_wide_as_their_page_and_differ_by_theme(lab: Lab, state: str) -> None:
-    pictures = {}
-    for name, png in shoot(lab, state):
+def test_pictures_are_as_wide_as_their_page_and_differ_by_theme(one_page: Lab, state: str) -> None:
+    show(one_page, cell_of(state))
+    found = {}
+    for name, png in pictures(one_page, state):
         picture = Image.open(io.BytesIO(smaller(png))).convert("L")
-        pictures[name.removeprefix(f"{state}-")] = picture
-    assert list(pictures) == ["light-narrow", "light-wide", "dark-narrow", "dark-wide"]
-    for name, picture in pictures.items():
+        found[name.removeprefix(f"{state}-")] = picture
+    assert list(found) == ["light-narrow", "light-wide", "dark-narrow", "dark-wide"]
+    for name, picture in found.items():
         width = SIZES[name.partition("-")[2]]
         assert width - 250 < picture.width <= width
         corner = picture.getpixel((8, 8))
         assert isinstance(corner, int)
         assert (corner > 200) == name.startswith("light")
-    assert pictures["light-narrow"].height > 1.5 * pictures["light-wide"].height
+    assert found["light-narrow"].height > 1.5 * found["light-wide"].height
+    one_page.assert_clean()
 
 
 _SERIOUS = """async () => (await axe.run(".wb-root", { resultTypes: ["violations"] })).violations
@@ -39,14 +42,14 @@ _SERIOUS = """async () => (await axe.run(".wb-root", { resultTypes: ["violations
     .flatMap((each) => each.nodes.map((node) => `${each.id}: ${node.html.slice(0, 160)}`))"""
 
 
-def test_axe_finds_nothing_serious(lab: Lab) -> None:
-    lab.open(["import workbench as wb\nbench = wb.Workbench()\nbench"])
-    lab.run_all()
+def test_axe_finds_nothing_serious(one_page: Lab) -> None:
+    lab = one_page
+    show(lab, "import workbench as wb\nbench = wb.Workbench()")
     part(lab, "wb-chart .main-svg").first.wait_for(timeout=WAIT_MS)
     lab.wait_python("bench._state.settle(0)", timeout=90)
     axe = Path(axe_playwright_python.__file__).with_name("axe.min.js")
     lab.page.evaluate(axe.read_text(encoding="utf-8"))
-    lab.command("application:toggle-left-area")
+    lab.page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
     tabs, found = part(lab, "wb-tabs").get_by_role("tab").all_inner_texts(), []
     assert {"Load", "Layers", "What if", "Code"} <= set(tabs)
     for size, width in SIZES.items():
@@ -60,3 +63,4 @@ def test_axe_finds_nothing_serious(lab: Lab) -> None:
                     part(lab, "wb-sweep svg").wait_for(timeout=WAIT_MS)
                 found += [f"{size}, {theme}, {tab}: {each}" for each in lab.page.evaluate(_SERIOUS)]
     assert found == [], "\n".join(dict.fromkeys(found))
+    lab.assert_clean()
