@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py
 
-Run it while nothing else is busy: it measures the machine first, then generates.
+Run it while nothing else is busy: it measures the machine first, then generates. It empties the cache of quantized
+weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 from importlib.metadata import version
 
 import workbench as wb
+from workbench import weight_cache
 
 CASES = {
     "bfloat16, in memory": {},
@@ -20,6 +22,11 @@ CASES = {
     "int8, in memory": {"precision": wb.Int8()},
     "nf4, in memory": {"precision": wb.FourBit()},
     "all on disk": {"strategy": "custom", "device_map": {"": "disk"}},
+    "all on disk, 100 MiB": {
+        "strategy": "custom",
+        "device_map": {"": "disk"},
+        "max_memory": {"cpu": "100MiB", "disk": "10GiB"},
+    },
 }
 
 
@@ -32,6 +39,7 @@ def main() -> None:
     print(f"{'demo model':22} {heads} {heads}")
     for name, options in CASES.items():
         wb.load(wb.Recipe(model="demo", **options)).unload()  # what is done once for a model and a precision
+        weight_cache.empty()  # with kept weights a load only maps them
         session = wb.load(wb.Recipe(model="demo", **options))
         session.generate("Tell me a story.", max_new_tokens=4)  # the first run warms caches and pools
         measured = []

@@ -45,7 +45,9 @@ def test_slower_places_are_slower(demo_model: Path) -> None:
     gpu = speed(wb.Recipe(model=str(demo_model)), wb.Machine.preset("RTX 4090"))
     memory = speed(wb.Recipe(model=str(demo_model)))
     half = speed(wb.Recipe(model=str(demo_model), max_memory={"cpu": "200MiB", "disk": "10GiB"}))
-    disk = speed(wb.Recipe(model=str(demo_model), strategy="custom", device_map={"": "disk"}))
+    all_of_it = {"model": str(demo_model), "strategy": "custom", "device_map": {"": "disk"}}
+    disk = speed(wb.Recipe(**all_of_it, max_memory={"cpu": "100MiB", "disk": "10GiB"}))
+    assert speed(wb.Recipe(**all_of_it)) == memory  # it stays in memory once it has been read
     assert gpu is not None
     assert memory is not None
     assert half is not None

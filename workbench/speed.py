@@ -1,9 +1,9 @@
 """How fast a placement loads and decodes: an estimate from bandwidths, better once they have been measured.
 
 A token takes a fixed time for each module that is called, and the time to read each weight once from where it is kept.
-Small matrices are read more slowly than large ones. Weights that wait on disk are fetched by accelerate tensor by
-tensor, and each time the header of the file is read, which takes longer the more tensors the file holds. A load maps
-what it can; it takes time for what has to be read, converted, quantized or copied.
+Small matrices are read more slowly than large ones. Weights on disk that the budget lets stay in memory once they are
+read cost nothing more; the others are brought in anew for each token. A load maps what it can; it takes time for what
+has to be read, converted, quantized or copied.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from workbench.model import cache_folder, refuses_unknown
+from workbench.model import ModelRef, cache_folder, refuses_unknown
+from workbench.offload import streamed_share
 from workbench.precision import FourBit, FullPrecision, Int8
 from workbench.quantize_4bit import fast_quantization
 from workbench.sizes import sizes_of
+from workbench.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +43,10 @@ _GPU_MODULE_SECONDS = 15e-6  # launching a module's kernels from Python
 _EFFICIENCY = 0.7  # of a data sheet's bandwidth that a matrix-vector product commonly reaches
 GPU_BYTES_PER_S, CPU_BYTES_PER_S, DISK_BYTES_PER_S = 500e9, 20e9, 1e9  # where a machine does not say
 _MIB = 2**20
-_AROUND_LOAD_SECONDS = 0.3  # planning, the tokenizer, the check against the preview
+# Mapping a file's pages and letting them go again, where the budget keeps them from staying: measured with the demo
+# model (benchmarks/speed.py). A file that has just been written is quicker, so it is not measured with one.
+_STREAMED_BYTES_PER_S = 2.5e9
+_FROM_DISK_SECONDS = 0.05  # for a load to find what waits in the files; measured likewise
 
 
 @refuses_unknown
@@ -55,9 +60,6 @@ class Calibration:
         quantized_seconds: The same for each quantized one, by method, on top.
         small_bytes_per_s: Reading matrices of about 1 MiB; by dtype or method.
         large_bytes_per_s: Reading matrices of 32 MiB and more; by dtype or method.
-        fetch_seconds: For each tensor that accelerate fetches from disk.
-        header_seconds: The same for each tensor that the fetched one's file holds.
-        disk_bytes_per_s: Copying fetched tensors, with the file in the page cache.
         load_seconds: What a load takes for itself.
         load_tensor_seconds: For each tensor that is loaded.
         convert_bytes_per_s: Writing weights in another dtype than the checkpoint's.
@@ -69,9 +71,6 @@ class Calibration:
     module_seconds: float
     small_bytes_per_s: dict[str, float]
     large_bytes_per_s: dict[str, float]
-    fetch_seconds: float
-    header_seconds: float
-    disk_bytes_per_s: float
     load_seconds: float
     load_tensor_seconds: float
     convert_bytes_per_s: float
@@ -102,11 +101,8 @@ _TYPICAL = Calibration(
     module_seconds=35e-6,
     small_bytes_per_s={"bfloat16": 11e9, "float32": 11e9},
     large_bytes_per_s={"bfloat16": 20e9, "float32": 23e9},
-    fetch_seconds=0.2e-3,
-    header_seconds=2e-6,
-    disk_bytes_per_s=13e9,
-    load_seconds=0.35,
-    load_tensor_seconds=0.3e-3,
+    load_seconds=0.03,
+    load_tensor_seconds=0.2e-3,
     convert_bytes_per_s=2e9,
     quantized_seconds={"int8": 100e-6, "4bit": 20e-6},
     quantize_weights_per_s={"int8": 150e6, "4bit": 250e6},
@@ -155,7 +151,8 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
     known = known_calibration() if placement.machine.name == "This machine" else None
     cpu = known or _TYPICAL
     profile = _profile_of(skeleton, placement.recipe.precision)
-    tensors_in_file = sum(len(p.tensors) for p in profile.values()) / max(1, len(skeleton.source.weight_files))
+    disk = next((d.bandwidth_bytes_per_s for d in placement.machine.devices if d.id == "disk"), None)
+    streamed = 1.0 if gpus or "disk" not in placement.device_map.values() else streamed_share(placement)
     runs_on = placement.runs_on
     seconds = cpu.token_seconds
     for layer in placement.layers:
@@ -175,9 +172,7 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
                 seconds += cpu.read_seconds(int(tensor.size_bytes * tensor.share), kind)
                 seconds += cpu.quantized_seconds[kind] if tensor.quantized else 0
         if layer.device == "disk":
-            seconds += len(part.tensors) * (cpu.fetch_seconds + tensors_in_file * cpu.header_seconds)
-            disk = placement.machine.device("disk").bandwidth_bytes_per_s
-            seconds += fetched / (cpu.disk_bytes_per_s if disk is None else disk)
+            seconds += fetched * streamed / (_STREAMED_BYTES_PER_S if disk is None else disk)
     prefill = None
     if not gpus:
         flops = cpu.flops_per_s or _TYPICAL.flops_per_s
@@ -207,7 +202,7 @@ def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | No
     profile = _profile_of(skeleton, placement.recipe.precision)
     disk = next((d.bandwidth_bytes_per_s for d in placement.machine.devices if d.id == "disk"), None)
     packed = skeleton.quantized_as is not None and skeleton.unpacked_because is None  # and is read as it stays
-    seconds = cpu.load_seconds
+    seconds = cpu.load_seconds + (_FROM_DISK_SECONDS if "disk" in placement.device_map.values() else 0)
     for layer in placement.layers:
         part = profile[layer.name]
         read_bytes = layer.bytes_after if packed else layer.bytes_before
@@ -331,7 +326,7 @@ def _read_calibration(file: Path, changed_ns: int) -> Calibration | None:  # noq
 def calibrate() -> Calibration:
     """Measure this machine's CPU and keep the result for later estimates. Takes some ten seconds.
 
-    Decodes with tiny models made on the spot, in memory and offloaded to disk; run it while nothing else is busy.
+    Decodes with tiny models made on the spot; run it while nothing else is busy.
 
     Returns:
         What was measured.
@@ -353,32 +348,24 @@ def _measure() -> Calibration:
     narrow = {layers: _Tiny(layers=layers, hidden=64) for layers in (8, 24)}
     wide = _Tiny(layers=8, hidden=512)
     with torch.no_grad():
-        fast, slow = narrow[8].step_seconds("cpu"), narrow[24].step_seconds("cpu")
+        fast, slow = narrow[8].step_seconds(), narrow[24].step_seconds()
         module_seconds = max(0.0, slow - fast) / (narrow[24].leaves - narrow[8].leaves)
         small, large = {}, {}
         for dtype in ("bfloat16", "float32"):
-            extra = wide.step_seconds("cpu", dtype) - narrow[8].step_seconds("cpu", dtype)
+            extra = wide.step_seconds(dtype) - narrow[8].step_seconds(dtype)
             large[dtype] = _large_bytes_per_s(getattr(torch, dtype))
             small[dtype] = _rate(wide.size_bytes(dtype) - narrow[8].size_bytes(dtype), extra)
-        fetch = {n: (tiny.step_seconds("disk") - tiny.step_seconds("cpu")) / tiny.tensors for n, tiny in narrow.items()}
-        header_seconds = max(0.0, (fetch[24] - fetch[8]) / (narrow[24].tensors - narrow[8].tensors))
-        fetch_seconds = max(0.0, fetch[8] - header_seconds * narrow[8].tensors)
-        copying = wide.step_seconds("disk") - wide.step_seconds("cpu") - wide.tensors * fetch[8]
         token_seconds = max(0.0, narrow[8].generate_seconds() - fast)
-        loads = {n: tiny.load_seconds["cpu", "bfloat16"] for n, tiny in narrow.items()}
+        loads = {n: tiny.load_seconds["bfloat16"] for n, tiny in narrow.items()}
         load_tensor_seconds = max(0.0, (loads[24] - loads[8]) / (narrow[24].tensors - narrow[8].tensors))
-        converting = wide.load_seconds["cpu", "float32"] - wide.load_seconds["cpu", "bfloat16"]
+        converting = wide.load_seconds["float32"] - wide.load_seconds["bfloat16"]
         quantized = {method: _quantized(precision) for method, precision in _bitsandbytes().items()}
     return Calibration(
         token_seconds=token_seconds,
         module_seconds=module_seconds,
         small_bytes_per_s=small | {method: found.small_bytes_per_s for method, found in quantized.items()},
         large_bytes_per_s=large | {method: found.large_bytes_per_s for method, found in quantized.items()},
-        fetch_seconds=fetch_seconds,
-        header_seconds=header_seconds,
-        # Copies that vanish in the noise are as fast as memory.
-        disk_bytes_per_s=wide.size_bytes("bfloat16") / max(copying, wide.size_bytes("bfloat16") / large["bfloat16"]),
-        load_seconds=_AROUND_LOAD_SECONDS + max(0.0, loads[8] - narrow[8].tensors * load_tensor_seconds),
+        load_seconds=max(0.0, loads[8] - narrow[8].tensors * load_tensor_seconds),
         load_tensor_seconds=load_tensor_seconds,
         convert_bytes_per_s=_rate(wide.size_bytes("float32"), converting),
         quantized_seconds=_TYPICAL.quantized_seconds | {m: found.call_seconds for m, found in quantized.items()},
@@ -480,16 +467,16 @@ class _Tiny:
             dtype="bfloat16",
         )
         self.tensors, self.leaves, self._elements = 0, 0, 0
-        self.load_seconds: dict[tuple[str, str], float] = {}  # the quickest load to a device in a dtype
+        self.load_seconds: dict[str, float] = {}  # the quickest load in a dtype
 
     def size_bytes(self, dtype: str) -> int:
         return self._elements * (4 if dtype == "float32" else 2)
 
-    def step_seconds(self, device: str, dtype: str = "bfloat16") -> float:
-        """The time of a decode step with all weights on one device."""
+    def step_seconds(self, dtype: str = "bfloat16") -> float:
+        """The time of a decode step."""
         import torch
 
-        with self._loaded(device, dtype) as model:
+        with self._loaded(dtype) as model:
             ids = torch.zeros((1, 16), dtype=torch.long)
             cache = model(input_ids=ids, use_cache=True).past_key_values
             return _quick([_timed(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True)) for _ in range(24)])
@@ -500,7 +487,7 @@ class _Tiny:
 
         ids = torch.zeros((1, 16), dtype=torch.long)
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
-        with self._loaded("cpu", "bfloat16") as model:
+        with self._loaded("bfloat16") as model:
             short, long = (
                 _quick([_timed(lambda n=n: model.generate(ids, max_new_tokens=n, **options)) for _ in range(6)])
                 for n in (8, 24)
@@ -508,25 +495,33 @@ class _Tiny:
         return (long - short) / 16
 
     @contextmanager
-    def _loaded(self, device: str, dtype: str) -> Iterator[Any]:
+    def _loaded(self, dtype: str) -> Iterator[Any]:
         import torch
-        from transformers import AutoModelForCausalLM, LlamaForCausalLM, logging
+        from transformers import LlamaForCausalLM, logging
+
+        from workbench.loading import load
+        from workbench.recipe import Recipe
 
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
             with tempfile.TemporaryDirectory() as folder:
                 LlamaForCausalLM(self._config).to(torch.bfloat16).save_pretrained(folder)
-                started = time.perf_counter()
-                model = AutoModelForCausalLM.from_pretrained(
-                    folder, device_map={"": device}, dtype=getattr(torch, dtype), offload_folder=f"{folder}/offload"
+                recipe = Recipe(
+                    model=ModelRef(name=folder),
+                    precision=FullPrecision(dtype=dtype),
+                    workload=Workload(context_length=64),
                 )
-                took = time.perf_counter() - started
-                self.load_seconds[device, dtype] = min(took, self.load_seconds.get((device, dtype), took))
+                load(recipe).unload()  # what is done once for a model
+                session = load(recipe)
+                took = session.load_report.seconds
+                self.load_seconds[dtype] = min(took, self.load_seconds.get(dtype, took))
+                model = session.model
                 self.tensors = sum(1 for _ in model.parameters())
                 self.leaves = sum(1 for m in model.modules() if next(m.children(), None) is None)
                 self._elements = sum(p.numel() for p in model.parameters())
                 yield model
+                session.unload()
         finally:
             logging.set_verbosity(verbosity)
 
