@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import chromium
@@ -59,14 +60,32 @@ def one_page(jupyter_server: JupyterServer, browser: Browser) -> Iterator[Lab]:
 def lab(
     request: pytest.FixtureRequest, jupyter_server: JupyterServer, browser: Browser, tmp_path: Path
 ) -> Iterator[Lab]:
-    """A page of this test's own; errors in its console or a request that left the machine fail the test at the end."""
+    """A page of this test's own."""
     page = Lab(jupyter_server, browser)
     try:
-        yield page
-        if request.node.stash.get(FAILED, False):
-            page.page.screenshot(path=tmp_path / "failed.png")
-            print(f"Screenshot: {tmp_path / 'failed.png'}\nConsole errors: {page.console_errors}")
-            print(f"JupyterLab's log:\n{jupyter_server.log()}")
+        with held_to_it(page, request.node, tmp_path):
+            yield page
     finally:
         page.close()
-    page.assert_clean()
+
+
+@pytest.fixture
+def shared(request: pytest.FixtureRequest, one_page: Lab, tmp_path: Path) -> Iterator[Lab]:
+    """The page of the whole file, for one of its tests."""
+    with held_to_it(one_page, request.node, tmp_path):
+        yield one_page
+
+
+@contextmanager
+def held_to_it(page: Lab, test: pytest.Item, folder: Path) -> Iterator[None]:
+    """Errors in the page's console or a request that left the machine fail the test; a failed one is told of."""
+    try:
+        yield
+        if test.stash.get(FAILED, False):
+            page.page.screenshot(path=folder / "failed.png")
+            print(f"Screenshot: {folder / 'failed.png'}\nConsole errors: {page.console_errors}")
+            print(f"JupyterLab's log:\n{page.server.log()}")
+        page.assert_clean()
+    finally:
+        page.console_errors.clear()
+        page.foreign_requests.clear()

@@ -83,6 +83,14 @@ def ask(connection_file: Path, expression: str) -> str:
     return str(it["data"]["text/plain"])
 
 
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def environment(folder: Path) -> dict[str, str]:
     """The environment of a server whose home, settings and runtime files lie in a folder."""
     return {
@@ -116,9 +124,7 @@ class JupyterServer:
         for each in (self.root, self.runtime, notifications.parent):
             each.mkdir(parents=True)
         notifications.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [
             *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"),
             "--JupyterNotebookApp.expose_app_in_browser=True",  # Notebook 7 is served by the same

@@ -6,11 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
-from lab import START_TIMEOUT_S, JupyterServer, Lab, ask, environment
+from lab import START_TIMEOUT_S, JupyterServer, Lab, ask, environment, free_port
+from played_page import wait_for
 from test_main_job import NOTEBOOK, QUESTION, WAIT_MS, button, open_tab, part, verdict
 
 if TYPE_CHECKING:
@@ -66,11 +67,9 @@ def test_in_notebook_7(browser: Browser, tmp_path: Path) -> None:
     page.assert_clean()
 
 
-def probe_failed(port: int) -> bool:
-    try:
+def answers(port: int) -> bool:
+    with suppress(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        time.sleep(0.05)  # between two looks
         return True
     return False
 
@@ -78,19 +77,15 @@ def probe_failed(port: int) -> bool:
 @pytest.fixture
 def voila(tmp_path: Path) -> Iterator[str]:
     """``voila notebooks/workbench.ipynb``, as one types it; the address that it is at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "voila", str(NOTEBOOK), "--no-browser", f"--port={port}"]
     (tmp_path / "runtime").mkdir()
     command.append(f"--Voila.connection_dir_root={tmp_path / 'runtime'}")
     with (tmp_path / "voila.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment(tmp_path), cwd=tmp_path, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while probe_failed(port):
-            assert process.poll() is None, (tmp_path / "voila.log").read_text()
-            assert time.monotonic() < deadline, "Voila does not answer"
+        wait_for(lambda: answers(port) or process.poll() is not None, START_TIMEOUT_S)
+        assert process.poll() is None, (tmp_path / "voila.log").read_text()
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.terminate()

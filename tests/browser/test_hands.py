@@ -8,8 +8,6 @@ import pytest
 from test_main_job import WAIT_MS, button, open_tab, part, settled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lab import Lab
     from playwright.sync_api import Locator
 
@@ -26,10 +24,9 @@ HOMES = "[layer.device for layer in bench.placement.layers]"
 
 
 @pytest.fixture
-def lab(one_page: Lab) -> Iterator[Lab]:
-    """In place of a page for each test; errors in its console are still the error of that test."""
-    yield one_page
-    one_page.assert_clean()
+def lab(shared: Lab) -> Lab:
+    """In place of a page for each test."""
+    return shared
 
 
 def start(lab: Lab, cell: str = CELL) -> None:

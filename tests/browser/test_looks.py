@@ -20,10 +20,10 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.mark.parametrize("state", ["offloads", "error"])
-def test_pictures_are_as_wide_as_their_page_and_differ_by_theme(one_page: Lab, state: str) -> None:
-    show(one_page, cell_of(state))
+def test_pictures_are_as_wide_as_their_page_and_differ_by_theme(shared: Lab, state: str) -> None:
+    show(shared, cell_of(state))
     found = {}
-    for name, png in pictures(one_page, state):
+    for name, png in pictures(shared, state):
         picture = Image.open(io.BytesIO(smaller(png))).convert("L")
         found[name.removeprefix(f"{state}-")] = picture
     assert list(found) == ["light-narrow", "light-wide", "dark-narrow", "dark-wide"]
@@ -34,7 +34,6 @@ def test_pictures_are_as_wide_as_their_page_and_differ_by_theme(one_page: Lab, s
         assert isinstance(corner, int)
         assert (corner > 200) == name.startswith("light")
     assert found["light-narrow"].height > 1.5 * found["light-wide"].height
-    one_page.assert_clean()
 
 
 _SERIOUS = """async () => (await axe.run(".wb-root", { resultTypes: ["violations"] })).violations
@@ -42,8 +41,8 @@ _SERIOUS = """async () => (await axe.run(".wb-root", { resultTypes: ["violations
     .flatMap((each) => each.nodes.map((node) => `${each.id}: ${node.html.slice(0, 160)}`))"""
 
 
-def test_axe_finds_nothing_serious(one_page: Lab) -> None:
-    lab = one_page
+def test_axe_finds_nothing_serious(shared: Lab) -> None:
+    lab = shared
     show(lab, "import workbench as wb\nbench = wb.Workbench()")
     part(lab, "wb-chart .main-svg").first.wait_for(timeout=WAIT_MS)
     lab.wait_python("bench._state.settle(0)", timeout=90)
@@ -63,4 +62,3 @@ def test_axe_finds_nothing_serious(one_page: Lab) -> None:
                     part(lab, "wb-sweep svg").wait_for(timeout=WAIT_MS)
                 found += [f"{size}, {theme}, {tab}: {each}" for each in lab.page.evaluate(_SERIOUS)]
     assert found == [], "\n".join(dict.fromkeys(found))
-    lab.assert_clean()
