@@ -144,7 +144,7 @@ def unpacked_because(options: Mapping[str, Any], machine: Machine) -> str | None
     name = gpus[0].name  # transformers, too, asks the first
     if re.search(_BEFORE_ADA if method == "fp8" else _BEFORE_TURING, name):
         return f"{name} is too old for {method}"
-    if method == "mxfp4" and machine.name == "This machine" and importlib.util.find_spec("kernels") is None:
+    if method == "mxfp4" and machine.is_here and importlib.util.find_spec("kernels") is None:
         return "mxfp4 needs `pip install kernels`"
     return None
 

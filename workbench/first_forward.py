@@ -68,7 +68,7 @@ def bytes_once_run(placement: Placement, skeleton: Skeleton) -> dict[DeviceId, i
     quantized = {layer.name for layer in placement.layers if layer.quantized}
     runs_on = placement.runs_on
     on_cpu = any(runs_on.get(name) == "cpu" for name in quantized)
-    if on_cpu and placement.machine.name != "This machine":
+    if on_cpu and not placement.machine.is_here:
         return None
     changes = _four_bit_changes(placement, skeleton, precision) if isinstance(precision, FourBit) else {}
     if isinstance(precision, GPTQ) and on_cpu:
@@ -147,7 +147,7 @@ def _awq(placement: Placement, skeleton: Skeleton, found: dict[DeviceId, int]) -
         packed = f"{name}.qweight"
         if not hasattr(child, "qweight") or device is None or runs_on.get(sizes.block_of[packed]) != device:
             continue
-        if device == "cpu" and placement.machine.name != "This machine":
+        if device == "cpu" and not placement.machine.is_here:
             return None
         if device == "cpu" and type(child).__name__ == "TorchAtenAwqLinear":
             # Zero points in bfloat16 in place of packed ones, and both they and the scales once more side by side.

@@ -23,6 +23,7 @@ _HOW_TO_WRITE = 'write bytes as a whole number, or a string such as "20GiB", "10
 
 # Which non-GPU devices there are, in accelerate's order; GPUs come before them, ascending.
 _NAMED_DEVICES = ("mps", "cpu", "disk")
+THIS_MACHINE = "This machine"  # the name of what is detected
 
 # With kernels loaded as they are first used (CUDA >= 11.7), PyTorch's maintainers put a process's context at 300 to
 # 400 MB; the cuBLAS workspace comes on top.
@@ -160,6 +161,11 @@ class Machine:
             raise ValueError('A machine needs a device with the id "cpu" for its RAM: add one.')
         object.__setattr__(self, "devices", devices)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is the one that this runs on, as :meth:`detect` finds it."""
+        return self.name == THIS_MACHINE
+
     @classmethod
     @refuses_unknown
     def detect(cls, *, offload_folder: str | os.PathLike[str] | None = None, accelerators: bool = True) -> Machine:
@@ -185,7 +191,7 @@ class Machine:
                 reserved_bytes=ram.reserved_bytes + shared_bytes,
                 reserved_for=f"{ram.reserved_for}, and the GPU, which shares this memory",
             )
-        return cls(name="This machine", devices=(*gpus, ram, disk))
+        return cls(name=THIS_MACHINE, devices=(*gpus, ram, disk))
 
     @classmethod
     def preset(cls, name: str) -> Machine:
@@ -235,7 +241,7 @@ class Machine:
                 return device
         labels = [device.label for device in self.devices]
         has = f"{', '.join(labels[:-1])} and {labels[-1]}" if labels[1:] else labels[0]
-        who = "This machine" if self.name in ("custom", "This machine") else f"The machine {self.name!r}"
+        who = "This machine" if self.name in ("custom", THIS_MACHINE) else f"The machine {self.name!r}"
         raise ValueError(f"{who} has no {device_label(wanted)}: it has {has}.")
 
     def budgets(self) -> dict[int | str, int]:

@@ -35,6 +35,28 @@ class DoesNotFit(ValueError):  # noqa: N818 - a verdict, that reads as one where
         self.can_try = can_try
 
 
+def unloadable_because(placement: Placement, skeleton: Skeleton) -> str | None:
+    """Why no library here loads what is planned, however much memory there is, as a sentence; None if one does.
+
+    Args:
+        placement: What is to be loaded on this machine.
+        skeleton: Its model.
+    """
+    title, precision = skeleton.source.title, placement.recipe.precision
+    if skeleton.source.gguf_file is not None and "disk" in placement.device_map.values():
+        return (
+            f"{title} is a GGUF file, of which transformers puts nothing on disk: raise the other budgets, or save the "
+            "loaded model once with save_pretrained and name that folder."
+        )
+    if skeleton.not_loadable_because is not None:
+        return (
+            f"{title} is quantized ({skeleton.quantized_as}), and this machine cannot load it: "
+            f"{skeleton.not_loadable_because}."
+        )
+    refused = precision.refused_because(placement.device_map.values())
+    return None if refused is None else f"{precision.label} cannot be loaded as the preview has it: {refused}."
+
+
 def check_room(placement: Placement, here: Machine, skeleton: Skeleton, folder: str, *, anyway: bool) -> None:
     """Compare a placement with what is free at this moment: the preview may be minutes old.
 

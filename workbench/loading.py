@@ -23,7 +23,7 @@ from workbench.kernels import (
     settle_kernels,
     spared_from_initialization,
 )
-from workbench.load_guard import after_running_out, check_room, is_out_of_memory
+from workbench.load_guard import after_running_out, check_room, is_out_of_memory, unloadable_because
 from workbench.load_progress import check_cancelled, download_bar, files_of, reporting
 from workbench.model import check_weights, read_config, refuses_unknown
 from workbench.offload import attach as attach_offload
@@ -138,19 +138,9 @@ def _load(
     placement = place(recipe, machine=machine or here, skeleton=skeleton, advice=False)
     if placement.verdict == "does_not_fit":  # only then is advice worth its time
         placement = place(recipe, machine=machine or here, skeleton=skeleton)
-    if skeleton.source.gguf_file is not None and "disk" in placement.device_map.values():
-        raise ValueError(
-            f"{skeleton.source.title} is a GGUF file, of which transformers puts nothing on disk: raise the other "
-            "budgets, or save the loaded model once with save_pretrained and name that folder."
-        )
-    if skeleton.not_loadable_because is not None:
-        raise ValueError(
-            f"{skeleton.source.title} is quantized ({skeleton.quantized_as}), and this machine cannot load it: "
-            f"{skeleton.not_loadable_because}."
-        )
-    refused = recipe.precision.refused_because(placement.device_map.values())
-    if refused is not None:
-        raise ValueError(f"{recipe.precision.label} cannot be loaded as the preview has it: {refused}.")
+    why = unloadable_because(placement, skeleton)
+    if why is not None:
+        raise ValueError(why)
     if recipe.adapters:
         check_all_here(placement)
     check_room(placement, here, skeleton, recipe.offload_folder or tempfile.gettempdir(), anyway=anyway)

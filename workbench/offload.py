@@ -177,7 +177,7 @@ class Offload:
         self._faults = -1
         self._probes = 0  # so many of the units that are kept are still to be looked at
         blocks = frozenset(layer.name for layer in placement.layers)
-        self.room_bytes = room_bytes(placement)
+        self.room_bytes = _room_bytes(placement)
         units = self._cut(model, tensors, lambda owner: nearest_block(owner, blocks))
         sizes = [unit.full_bytes for unit in units]
         if self.room_bytes < min(sum(sizes), 2 * max(sizes)):  # too tight for whole layers
@@ -536,13 +536,13 @@ def streamed_share(placement: Placement) -> float:
     An estimate: what stays in memory is settled by where things are in the files.
     """
     sizes = [layer.bytes_after for layer in placement.layers if layer.device == "disk"]
-    total, room = sum(sizes), room_bytes(placement)
+    total, room = sum(sizes), _room_bytes(placement)
     if total <= room:
         return 0.0
     return 1.0 - max(0, room - max(sizes) - max(*sizes, _LEAST_AHEAD_BYTES)) / total
 
 
-def room_bytes(placement: Placement) -> int:
+def _room_bytes(placement: Placement) -> int:
     """What the CPU's budget leaves for weights from disk: never less than the reserve that the preview shows."""
     memory = placement.memory.get("cpu")
     if memory is None:

@@ -148,10 +148,10 @@ def predict_speed(placement: Placement, skeleton: Skeleton) -> Speed | None:
     unknown = isinstance(precision, Int8) if gpus else not isinstance(precision, (FullPrecision, Int8, FourBit))
     if placement.unplaced or unknown or (not gpus and skeleton.is_packed_otherwise):
         return None
-    known = known_calibration() if placement.machine.name == "This machine" else None
+    known = known_calibration() if placement.machine.is_here else None
     cpu = known or _TYPICAL
     profile = _profile_of(skeleton, placement.recipe.precision)
-    disk = next((d.bandwidth_bytes_per_s for d in placement.machine.devices if d.id == "disk"), None)
+    disk = _disk_bytes_per_s(placement)
     streamed = 1.0 if gpus or "disk" not in placement.device_map.values() else streamed_share(placement)
     runs_on = placement.runs_on
     seconds = cpu.token_seconds
@@ -197,10 +197,10 @@ def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | No
     known = isinstance(precision, (FullPrecision, Int8, FourBit)) and not skeleton.is_packed_otherwise
     if placement.unplaced or not known:
         return None
-    here = placement.machine.name == "This machine"
+    here = placement.machine.is_here
     cpu = (known_calibration() if here else None) or _TYPICAL
     profile = _profile_of(skeleton, placement.recipe.precision)
-    disk = next((d.bandwidth_bytes_per_s for d in placement.machine.devices if d.id == "disk"), None)
+    disk = _disk_bytes_per_s(placement)
     packed = skeleton.quantized_as is not None and skeleton.unpacked_because is None  # and is read as it stays
     seconds = cpu.load_seconds + (_FROM_DISK_SECONDS if "disk" in placement.device_map.values() else 0)
     for layer in placement.layers:
@@ -224,6 +224,11 @@ def predict_load_seconds(placement: Placement, skeleton: Skeleton) -> float | No
             elif converted:
                 seconds += tensor.size_bytes / cpu.convert_bytes_per_s
     return seconds
+
+
+def _disk_bytes_per_s(placement: Placement) -> float | None:
+    """What the machine says of its disk, if it has one and it is known."""
+    return next((d.bandwidth_bytes_per_s for d in placement.machine.devices if d.id == "disk"), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ def not_loadable_because(placement: Placement, skeleton: Skeleton) -> str | None
 
     Nobody knows it of another machine, which may have other libraries.
     """
-    return skeleton.not_loadable_because if placement.machine.name == "This machine" else None
+    return skeleton.not_loadable_because if placement.machine.is_here else None
 
 
 def advise(placement: Placement, skeleton: Skeleton, attempt: Attempt) -> tuple[Advice, ...]:
@@ -301,7 +301,7 @@ def _advice_too_large(placement: Placement) -> list[Advice]:
 def _advice_unrunnable(placement: Placement, skeleton: Skeleton) -> list[Advice]:
     """Name the modules that load in 4 bits on this machine's CPU and then fail at the first forward."""
     precision = placement.recipe.precision
-    if not isinstance(precision, FourBit) or placement.machine.name != "This machine":
+    if not isinstance(precision, FourBit) or not placement.machine.is_here:
         return []
     block_of, runs_on = sizes_of(skeleton, precision).block_of, placement.runs_on
     names = [n for n in unrunnable_modules(skeleton, precision) if runs_on.get(block_of[f"{n}.weight"]) == "cpu"]

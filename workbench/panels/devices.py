@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
-from workbench.hardware import Device, DeviceId, Machine, format_bytes, parse_bytes
+from workbench.hardware import THIS_MACHINE, Device, DeviceId, Machine, format_bytes, parse_bytes
 from workbench.panels.advanced import advanced
 from workbench.panels.look import classed, close_tree, html, panel, problem_line
-from workbench.panels.state import THIS_MACHINE, bind, device_class
+from workbench.panels.state import bind, device_class
 from workbench.recipe import STRATEGIES
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import ipywidgets as w
 
 from workbench.adapters import check_all_here
 from workbench.hardware import device_label, format_bytes
-from workbench.load_guard import DoesNotFit
+from workbench.load_guard import DoesNotFit, unloadable_because
 from workbench.loading import load
 from workbench.model import check_weights
 from workbench.panels.job import Job
@@ -238,7 +238,7 @@ class LoadPanel:
 
 def why_not_load(state: State) -> str:
     """Why what the preview shows cannot be loaded now, as a sentence; empty if it can, as far as that is known."""
-    skeleton, placement, precision = state.skeleton, state.placement, state.recipe.precision
+    skeleton, placement = state.skeleton, state.placement
     if state.activity:
         return f"Workbench is {state.activity}: wait for it, or stop it first."
     if not state.is_here:
@@ -248,14 +248,9 @@ def why_not_load(state: State) -> str:
     title = skeleton.source.title
     if not skeleton.has_weights:
         return f"{title} has no weight files: it can be planned for, not loaded."
-    if skeleton.not_loadable_because is not None:
-        return f"{title} is quantized ({skeleton.quantized_as}) and cannot be loaded: {skeleton.not_loadable_because}."
-    if skeleton.source.gguf_file is not None and "disk" in placement.device_map.values():
-        return f"{title} is a GGUF file, of which nothing can wait on disk: raise the other budgets."
-    if isinstance(precision, GPTQ) and skeleton.quantized_as is None:
+    if isinstance(state.recipe.precision, GPTQ) and skeleton.quantized_as is None:
         return f"{title} is not quantized yet, and GPTQ is not done while loading: quantize it in the Quantize tab."
-    refused = precision.refused_because(placement.device_map.values())
-    return "" if refused is None else f"{precision.label} cannot be loaded as the preview has it: {refused}."
+    return unloadable_because(placement, skeleton) or ""
 
 
 def _with_cache_of(recipe: Recipe, loaded: Recipe) -> Recipe:

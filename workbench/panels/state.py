@@ -37,7 +37,6 @@ class _Answer:
 
 NO_MODEL = "Load a model first, in the Load tab."
 NOT_FINISHED = "The preview is not finished: wait until it shows where the layers go."
-THIS_MACHINE = "This machine"  # as Machine.detect() calls what it finds
 _UNSEEN_SECONDS = 1.0  # longer than a page needs to show the controls
 _REST_SECONDS = 0.5  # more than what lies between two steps of a slider on a busy machine
 
@@ -101,7 +100,7 @@ class State(HasTraits):
     @property
     def is_here(self) -> bool:
         """Whether the machine that is planned for is the one that this runs on: only there can anything be loaded."""
-        return bool(self.machine.name == THIS_MACHINE)
+        return bool(self.machine.is_here)
 
     # What the panels do.
 
